@@ -1,0 +1,1 @@
+"""Supervisor, agents, schedulers and the command line."""

@@ -1,0 +1,113 @@
+"""The journal's vocabulary: every fact, verdict and action, each with wall and monotonic time.
+
+`events.jsonl` holds one of these a line, written by the supervisor alone; folding them in order (`cluster.state`)
+gives the supervisor's state back after it was killed.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from health.verdict import Verdict
+from trainer.events import Fact
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
+    """Base: t_wall_s is seconds since the epoch, t_mono_s of this machine's monotonic clock."""
+
+    t_wall_s: float
+    t_mono_s: float
+
+
+class RunStarted(Event, frozen=True, kw_only=True, tag="run_started"):
+    """A supervisor began (attempt 1) or resumed (attempt > 1) the run. target_steps: where training ends."""
+
+    run: str
+    attempt: int
+    supervisor_pid: int
+    target_steps: int
+
+
+class SupervisorTookOver(Event, frozen=True, kw_only=True, tag="supervisor_took_over"):
+    """A new supervisor found the agents of a dead one alive and goes on with them."""
+
+    supervisor_pid: int
+
+
+class AgentStarted(Event, frozen=True, kw_only=True, tag="agent_started"):
+    """The scheduler started an agent. handle: what the scheduler needs to find it again (local: pid and start time)."""
+
+    node: str
+    handle: str
+
+
+class NodeReady(Event, frozen=True, kw_only=True, tag="node_ready"):
+    """An agent reported in, warm, with its preflight passed."""
+
+    node: str
+    host: str
+    pid: int
+
+
+class GenerationPlanned(Event, frozen=True, kw_only=True, tag="generation_planned"):
+    """Ranks were handed out: node i of `nodes` holds ranks i*ranks_per_node .. ; ram_step -1: load from disk."""
+
+    generation: int
+    nodes: tuple[str, ...]
+    ranks_per_node: int
+    ram_step: int
+    reason: str
+
+
+class WorkersReported(Event, frozen=True, kw_only=True, tag="fact"):
+    """A fact a worker or a snapshot store noticed (loaded, first step done, committed, skipped ...)."""
+
+    fact: Fact
+
+
+class VerdictGiven(Event, frozen=True, kw_only=True, tag="verdict"):
+    """Something failed. t_failed_wall_s: the last sign of life before it, as far as known."""
+
+    generation: int
+    verdict: Verdict
+    t_failed_wall_s: float
+    incident: int
+
+
+class ActionTaken(Event, frozen=True, kw_only=True, tag="action"):
+    """What the policy chose for an incident: restart, replace or stop, with its reason in plain words."""
+
+    incident: int
+    action: str
+    reason: str
+    node: str = ""
+    spare: str = ""
+
+
+class NodeEvicted(Event, frozen=True, kw_only=True, tag="node_evicted"):
+    """The node gets no more work in this run."""
+
+    node: str
+    reason: str
+
+
+class NodeFinished(Event, frozen=True, kw_only=True, tag="node_finished"):
+    """All workers of the node ended well, at this step."""
+
+    node: str
+    generation: int
+    step: int
+
+
+class RunStopped(Event, frozen=True, kw_only=True, tag="run_stopped"):
+    """The supervisor left: done (exit 0), asked to (75), or for a failure. last_step: newest finished step."""
+
+    exit_code: int
+    reason: str
+    last_step: int
+
+
+AnyEvent = (
+    RunStarted | SupervisorTookOver | AgentStarted | NodeReady | GenerationPlanned | WorkersReported | VerdictGiven
+    | ActionTaken | NodeEvicted | NodeFinished | RunStopped
+)  # fmt: skip

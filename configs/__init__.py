@@ -1,0 +1,1 @@
+"""What a job is: typed, frozen configuration, its presets and its checks."""

@@ -1,0 +1,192 @@
+"""The configuration of a job: frozen structs, one per TOML section.
+
+Every field has a unit in its name where it has a unit, and a comment-free meaning in the docstring of its
+section. Decoding, overrides and cross-field checks live in `configs.load` and `configs.check`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
+NonNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every section: immutable, unknown keys are errors."""
+
+
+class RunConfig(Section):
+    """`[run]`: name is the run's folder below dir; seed feeds initialisation and data order."""
+
+    name: str
+    dir: str = "runs"
+    seed: NonNegative = 0
+
+
+class ModelConfig(Section):
+    """`[model]`: a torchtitan family and flavour.
+
+    layers and vocab_size replace the flavour's own (0 keeps it). attention: `auto` takes FlexAttention with
+    document masks on GPUs and SDPA (plain causal) on CPU.
+    """
+
+    family: Literal["llama3", "deepseek_v3", "qwen3"]
+    flavor: str
+    layers: NonNegative = 0
+    vocab_size: NonNegative = 0
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+
+
+class DataSet(Section):
+    """`[[data.sets]]`: one prepared corpus; path is the prefix of `.bin` and `.idx`."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+
+
+class DataConfig(Section):
+    """`[data]`: the blend, the tokenizer that made it (a tokenizers JSON file), and how far to read ahead."""
+
+    sets: tuple[DataSet, ...]
+    tokenizer: str
+    prefetch_steps: Positive = 2
+
+
+class TrainingConfig(Section):
+    """`[training]`: global_batch_size counts sequences a step over all ranks; microbatch_size those of one forward."""
+
+    steps: Positive
+    seq_len: Positive
+    global_batch_size: Positive
+    microbatch_size: Positive = 1
+    max_grad_norm: PositiveFloat = 1.0
+    activation_checkpoint: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
+
+
+class OptimizerConfig(Section):
+    """`[optimizer]`: AdamW and its schedule.
+
+    decay_fraction: the last part of the steps over which `wsd` decays; cosine and linear decay all the way after
+    warm-up. min_lr_ratio: the floor as a part of lr.
+    """
+
+    lr: PositiveFloat = 3e-4
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    warmup_steps: NonNegative = 0
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    decay_fraction: Fraction = 0.2
+    min_lr_ratio: Fraction = 0.1
+
+
+class ParallelismConfig(Section):
+    """`[parallelism]`: degrees of the mesh axes; pp * dp_replicate * dp_shard * cp * tp is the number of ranks.
+
+    ep is carved out of dp_shard * cp * tp. pp_microbatch_size: sequences of one pipeline microbatch.
+    """
+
+    pp: Positive = 1
+    dp_replicate: Positive = 1
+    dp_shard: Positive = 1
+    cp: Positive = 1
+    tp: Positive = 1
+    ep: Positive = 1
+    pp_schedule: Literal["1F1B", "Interleaved1F1B"] = "1F1B"
+    pp_microbatch_size: Positive = 1
+
+
+class PrecisionConfig(Section):
+    """`[precision]`: dtype of the forward and backward (`auto`: bf16 on GPUs, fp32 on CPU) and of reductions.
+
+    Master weights and optimizer state are fp32.
+    """
+
+    param_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+class CheckpointConfig(Section):
+    """`[checkpoint]`: how often each tier is fed and what is kept.
+
+    Every ram_interval_steps the state goes to shared memory below ram_dir; every persist_interval_steps (a
+    multiple of it) to the run directory. keep_last newest snapshots stay, and every keep_every_steps-th for ever
+    (0: none).
+    """
+
+    ram_interval_steps: Positive = 1
+    persist_interval_steps: Positive = 10
+    keep_last: Annotated[int, msgspec.Meta(ge=2)] = 2
+    keep_every_steps: NonNegative = 0
+    ram_dir: str = "/dev/shm"
+
+
+class HealthConfig(Section):
+    """`[health]`: how failures are noticed.
+
+    A node is lost after heartbeat_timeout_s without a heartbeat. A job hangs when no rank makes progress for
+    hang_factor times the slowest recent step, never less than hang_floor_s; startup_timeout_s bounds the time to
+    the first step. max_restarts is the budget of automatic restarts for the run.
+    """
+
+    heartbeat_interval_s: PositiveFloat = 1.0
+    heartbeat_timeout_s: PositiveFloat = 5.0
+    hang_factor: PositiveFloat = 10.0
+    hang_floor_s: PositiveFloat = 10.0
+    startup_timeout_s: PositiveFloat = 600.0
+    max_restarts: NonNegative = 100
+
+
+class ClusterConfig(Section):
+    """`[cluster]`: the machines. nodes * ranks_per_node is the number of ranks; spares are extra, warm nodes.
+
+    supervisor_lost_timeout_s: how long agents with nothing left to do wait for a supervisor to come back.
+    """
+
+    backend: Literal["local"] = "local"
+    nodes: Positive = 1
+    ranks_per_node: Positive = 1
+    spares: NonNegative = 0
+    supervisor_lost_timeout_s: PositiveFloat = 600.0
+
+
+class TelemetryConfig(Section):
+    """`[telemetry]`: a step line and a metrics row every log_interval_steps; wandb offline by default."""
+
+    log_interval_steps: Positive = 1
+    wandb: Literal["off", "offline", "online"] = "offline"
+    wandb_project: str = "everstep"
+
+
+class JobConfig(Section):
+    """A whole job, resolved."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallelism: ParallelismConfig = ParallelismConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.cluster.nodes * self.cluster.ranks_per_node
+
+    @property
+    def dp_degree(self) -> int:
+        """Number of ranks that read different samples."""
+        return self.parallelism.dp_replicate * self.parallelism.dp_shard

@@ -1,0 +1,1 @@
+"""From facts to verdicts: what failed, where, and on what evidence."""

@@ -1,0 +1,47 @@
+"""A verdict: what failed, where, and why a person should believe it."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class Cause(enum.StrEnum):
+    """What went wrong, as sure as the evidence allows."""
+
+    WORKER_CRASH = "worker_crash"
+    WORKER_KILLED = "worker_killed"
+    OUT_OF_MEMORY = "out_of_memory"
+    PEER_LOST = "peer_lost"
+    USER_ERROR = "user_error"
+    BAD_INPUT = "bad_input"
+    NODE_LOST = "node_lost"
+    HANG = "hang"
+    NONFINITE = "nonfinite"
+    STARTUP_TIMEOUT = "startup_timeout"
+
+
+class Severity(enum.StrEnum):
+    """How far the consequence reaches: nothing to do, the workers, the node, the job."""
+
+    NOTICE = "notice"
+    WORKERS = "workers"
+    NODE = "node"
+    JOB = "job"
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """One judgement. rank -1 and node "" mean: not known or not one.
+
+    fingerprint is equal for the same error wherever it happens (type and first line, numbers stripped): the crash-loop
+    breaker compares it. evidence: lines for a person.
+    """
+
+    node: str
+    rank: int
+    cause: Cause
+    severity: Severity
+    step: int
+    fingerprint: str
+    evidence: tuple[str, ...] = ()

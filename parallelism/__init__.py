@@ -1,0 +1,1 @@
+"""Meshes, sharded models and pipeline schedules, on torchtitan."""

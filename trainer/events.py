@@ -1,0 +1,195 @@
+"""What a worker tells the world: its heartbeat slot, step records and facts. No torch here.
+
+A heartbeat is one fixed-size record in a file that worker and agent both map: writing it is a memory store, no
+system call, no lock. A sequence number that is odd during a write lets the reader reject a torn read.
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+import os
+import struct
+import time
+from pathlib import Path
+
+import msgspec
+
+
+class Phase(enum.IntEnum):
+    """Where in its life a worker is; values grow along one step."""
+
+    STARTING = 0
+    BUILDING = 1
+    LOADING = 2
+    DATA = 3
+    FORWARD_BACKWARD = 4
+    VOTE = 5
+    OPTIMIZER = 6
+    SNAPSHOT = 7
+    FINISHED = 8
+
+
+class Beat(msgspec.Struct, frozen=True):
+    """One heartbeat: the phase entered last, in which step, when, and how long the last whole step took."""
+
+    step: int
+    phase: Phase
+    monotonic_s: float
+    last_step_s: float
+    generation: int
+
+
+class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
+    """All that an agent tells a worker it starts, beside torch elastic's environment.
+
+    ram_step: the step that every rank's own RAM tier holds whole and verified, -1 if none; tried first.
+    ram_dir: the node's folder in shared memory (segments, heartbeat slots, error files).
+    """
+
+    run_dir: str
+    node: str
+    generation: int
+    ram_dir: str
+    ram_step: int
+
+
+class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of metrics.jsonl. None means not known, never zero. t_wall_s: when the step ended."""
+
+    step: int
+    steps: int
+    generation: int
+    t_wall_s: float
+    step_s: float
+    data_s: float
+    stall_s: float
+    loss_avg: float
+    loss_max: float
+    grad_norm: float
+    lr: float
+    tokens_seen: int
+    tokens_per_sec_per_gpu: float
+    tflops_per_gpu: float | None = None
+    mfu_pct: float | None = None
+    memory_gib: float | None = None
+    memory_pct: float | None = None
+    skipped: bool = False
+
+
+class FactKind(enum.StrEnum):
+    """Things worth the journal that a worker or a node's snapshot store noticed."""
+
+    LOADED = "loaded"
+    SNAPSHOT_REJECTED = "snapshot_rejected"
+    SNAPSHOT_COMMITTED = "snapshot_committed"
+    SNAPSHOT_FAILED = "snapshot_failed"
+    UPDATE_SKIPPED = "update_skipped"
+    FIRST_STEP = "first_step"
+    STOPPING = "stopping"
+
+
+class Fact(msgspec.Struct, frozen=True, kw_only=True):
+    """A single observation, in one line of words, with the step and seconds it is about."""
+
+    kind: FactKind
+    node: str
+    rank: int
+    generation: int
+    step: int
+    t_wall_s: float
+    detail: str = ""
+    seconds: float = 0.0
+
+
+class WorkerError(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a worker ended, written by itself just before it exits: the agent's evidence."""
+
+    rank: int
+    step: int
+    phase: Phase
+    type: str
+    message: str
+    traceback: str
+    exit_code: int
+
+
+_SLOT = struct.Struct("<QqqddqQ")
+SLOT_SIZE_BYTES = 64
+
+
+class HeartbeatFile:
+    """Heartbeat slots of one node: `local_ranks` slots of 64 bytes in one mapped file."""
+
+    def __init__(self, path: Path, local_ranks: int) -> None:
+        self.path = path
+        self.local_ranks = local_ranks
+        self._map: mmap.mmap | None = None
+
+    def open(self) -> HeartbeatFile:
+        """Create the file if it is absent, and map it."""
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(fd, self.local_ranks * SLOT_SIZE_BYTES)
+            self._map = mmap.mmap(fd, self.local_ranks * SLOT_SIZE_BYTES)
+        finally:
+            os.close(fd)
+        return self
+
+    def close(self) -> None:
+        """Unmap."""
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+    def write(self, local_rank: int, beat: Beat) -> None:
+        """Publish a beat. One writer a slot."""
+        assert self._map is not None
+        offset = local_rank * SLOT_SIZE_BYTES
+        sequence = struct.unpack_from("<Q", self._map, offset)[0] | 1
+        struct.pack_into("<Q", self._map, offset, sequence)
+        _SLOT.pack_into(
+            self._map, offset, sequence, beat.step, int(beat.phase), beat.monotonic_s, beat.last_step_s,
+            beat.generation, sequence + 1,
+        )  # fmt: skip
+        struct.pack_into("<Q", self._map, offset, sequence + 1)
+
+    def read(self, local_rank: int) -> Beat | None:
+        """The latest whole beat, or None if there is none yet or a write was cut off."""
+        assert self._map is not None
+        offset = local_rank * SLOT_SIZE_BYTES
+        for _ in range(100):
+            before, step, phase, monotonic_s, last_step_s, generation, tail = _SLOT.unpack_from(self._map, offset)
+            after = struct.unpack_from("<Q", self._map, offset)[0]
+            if before == after == tail and before % 2 == 0 and before > 0:
+                return Beat(step, Phase(phase), monotonic_s, last_step_s, generation)
+        return None
+
+
+class Heart:
+    """A worker's side of its slot."""
+
+    def __init__(self, slots: HeartbeatFile, local_rank: int, generation: int) -> None:
+        self.slots = slots
+        self.local_rank = local_rank
+        self.generation = generation
+        self.step = 0
+        self.phase = Phase.STARTING
+        self.last_step_s = 0.0
+
+    def beat(self, phase: Phase, step: int | None = None, last_step_s: float | None = None) -> None:
+        """Say that a phase begins."""
+        self.phase = phase
+        self.step = self.step if step is None else step
+        self.last_step_s = self.last_step_s if last_step_s is None else last_step_s
+        self.slots.write(self.local_rank, Beat(self.step, phase, time.monotonic(), self.last_step_s, self.generation))
+
+
+def append_line(path: Path, record: msgspec.Struct) -> None:
+    """Append one record as a JSON line, in a single write so that lines of several writers never mix."""
+    line = msgspec.json.encode(record) + b"\n"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(fd, line)
+    finally:
+        os.close(fd)
