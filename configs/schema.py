@@ -21,7 +21,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of every section: immutable, unknown keys are errors."""
 
 
-class RunConfig(Section):
+class RunConfig(Section, frozen=True, kw_only=True):
     """`[run]`: name is the run's folder below dir; seed feeds initialisation and data order."""
 
     name: str
@@ -29,7 +29,7 @@ class RunConfig(Section):
     seed: NonNegative = 0
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True, kw_only=True):
     """`[model]`: a torchtitan family and flavour.
 
     layers and vocab_size replace the flavour's own (0 keeps it). attention: `auto` takes FlexAttention with
@@ -43,14 +43,14 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "flex"] = "auto"
 
 
-class DataSet(Section):
+class DataSet(Section, frozen=True, kw_only=True):
     """`[[data.sets]]`: one prepared corpus; path is the prefix of `.bin` and `.idx`."""
 
     path: str
     weight: PositiveFloat = 1.0
 
 
-class DataConfig(Section):
+class DataConfig(Section, frozen=True, kw_only=True):
     """`[data]`: the blend, the tokenizer that made it (a tokenizers JSON file), and how far to read ahead."""
 
     sets: tuple[DataSet, ...]
@@ -58,7 +58,7 @@ class DataConfig(Section):
     prefetch_steps: Positive = 2
 
 
-class TrainingConfig(Section):
+class TrainingConfig(Section, frozen=True, kw_only=True):
     """`[training]`: global_batch_size counts sequences a step over all ranks; microbatch_size those of one forward."""
 
     steps: Positive
@@ -70,7 +70,7 @@ class TrainingConfig(Section):
     compile: bool = False
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(Section, frozen=True, kw_only=True):
     """`[optimizer]`: AdamW and its schedule.
 
     decay_fraction: the last part of the steps over which `wsd` decays; cosine and linear decay all the way after
@@ -88,7 +88,7 @@ class OptimizerConfig(Section):
     min_lr_ratio: Fraction = 0.1
 
 
-class ParallelismConfig(Section):
+class ParallelismConfig(Section, frozen=True, kw_only=True):
     """`[parallelism]`: degrees of the mesh axes; pp * dp_replicate * dp_shard * cp * tp is the number of ranks.
 
     ep is carved out of dp_shard * cp * tp. pp_microbatch_size: sequences of one pipeline microbatch.
@@ -104,7 +104,7 @@ class ParallelismConfig(Section):
     pp_microbatch_size: Positive = 1
 
 
-class PrecisionConfig(Section):
+class PrecisionConfig(Section, frozen=True, kw_only=True):
     """`[precision]`: dtype of the forward and backward (`auto`: bf16 on GPUs, fp32 on CPU) and of reductions.
 
     Master weights and optimizer state are fp32.
@@ -114,7 +114,7 @@ class PrecisionConfig(Section):
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Section, frozen=True, kw_only=True):
     """`[checkpoint]`: how often each tier is fed and what is kept.
 
     Every ram_interval_steps the state goes to shared memory below ram_dir; every persist_interval_steps (a
@@ -129,7 +129,7 @@ class CheckpointConfig(Section):
     ram_dir: str = "/dev/shm"
 
 
-class HealthConfig(Section):
+class HealthConfig(Section, frozen=True, kw_only=True):
     """`[health]`: how failures are noticed.
 
     A node is lost after heartbeat_timeout_s without a heartbeat. A job hangs when no rank makes progress for
@@ -145,10 +145,11 @@ class HealthConfig(Section):
     max_restarts: NonNegative = 100
 
 
-class ClusterConfig(Section):
+class ClusterConfig(Section, frozen=True, kw_only=True):
     """`[cluster]`: the machines. nodes * ranks_per_node is the number of ranks; spares are extra, warm nodes.
 
     supervisor_lost_timeout_s: how long agents with nothing left to do wait for a supervisor to come back.
+    leave_timeout_s: how long a job that is asked to leave may take to finish its step and save.
     """
 
     backend: Literal["local"] = "local"
@@ -156,9 +157,10 @@ class ClusterConfig(Section):
     ranks_per_node: Positive = 1
     spares: NonNegative = 0
     supervisor_lost_timeout_s: PositiveFloat = 600.0
+    leave_timeout_s: PositiveFloat = 60.0
 
 
-class TelemetryConfig(Section):
+class TelemetryConfig(Section, frozen=True, kw_only=True):
     """`[telemetry]`: a step line and a metrics row every log_interval_steps; wandb offline by default."""
 
     log_interval_steps: Positive = 1
@@ -166,7 +168,7 @@ class TelemetryConfig(Section):
     wandb_project: str = "everstep"
 
 
-class JobConfig(Section):
+class JobConfig(Section, frozen=True, kw_only=True):
     """A whole job, resolved."""
 
     run: RunConfig

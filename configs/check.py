@@ -1,0 +1,164 @@
+"""Checks across fields: each problem says which numbers do not fit and what to set instead. Pure, no torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+
+from configs.check_layout import check_layout
+from configs.errors import Problem, alternatives
+from configs.models import FAMILIES
+from configs.schema import JobConfig
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_NAME_CHARS = 100
+_PREPARE = "run `everstep data prepare` first, or name files that exist"
+
+
+def check_job(config: JobConfig) -> list[Problem]:
+    """Everything that does not fit together in a well-typed configuration; looks at no file."""
+    problems = _check_run(config) + _check_data(config)
+    flavors = FAMILIES[config.model.family]
+    facts = flavors.get(config.model.flavor)
+    if facts is None:
+        what = f"{config.model.family} has no such flavour{alternatives(config.model.flavor, list(flavors))}"
+        problems.append(Problem("model.flavor", config.model.flavor, what))
+    problems += check_layout(config, facts)
+    return problems + _check_optimizer(config) + _check_checkpoint(config) + _check_health(config)
+
+
+def check_files(config: JobConfig) -> list[Problem]:
+    """What is missing of the data files that a run needs; relative paths count from the working directory."""
+    problems = []
+    for index, data_set in enumerate(config.data.sets):
+        missing = [name for name in (data_set.path + ".bin", data_set.path + ".idx") if not Path(name).is_file()]
+        if missing:
+            what = f"no {' and no '.join(missing)}; {_PREPARE}"
+            problems.append(Problem(f"data.sets[{index}].path", data_set.path, what))
+    return problems + _check_tokenizer(config)
+
+
+class _Vocabulary(msgspec.Struct):
+    """`model` of a tokenizers JSON file: ids by token, or for Unigram a list whose index is the id."""
+
+    vocab: dict[str, int] | list[object] = []
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+
+
+class _Tokenizer(msgspec.Struct):
+    model: _Vocabulary
+    added_tokens: list[_AddedToken] = []
+
+
+def _check_tokenizer(config: JobConfig) -> list[Problem]:
+    """The tokenizer's largest id must have a row in the model's embedding."""
+    path = config.data.tokenizer
+    try:
+        tokenizer = msgspec.json.decode(Path(path).read_bytes(), type=_Tokenizer)
+    except OSError as error:
+        return [Problem("data.tokenizer", path, f"cannot be read ({error.strerror}); {_PREPARE}")]
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return [Problem("data.tokenizer", path, f"is no tokenizers JSON file ({error}); {_PREPARE}")]
+    vocab = tokenizer.model.vocab
+    ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))]
+    tokens = 1 + max([*ids, *(token.id for token in tokenizer.added_tokens)], default=-1)
+    facts = FAMILIES[config.model.family].get(config.model.flavor)
+    rows = config.model.vocab_size or (facts.vocab_size if facts else tokens)
+    if tokens <= rows:
+        return []
+    what = f"{path} has {tokens} tokens, the model room for {rows}; set at least {tokens}, or another data.tokenizer"
+    return [Problem("model.vocab_size", config.model.vocab_size, what)]
+
+
+def _check_run(config: JobConfig) -> list[Problem]:
+    name = config.run.name
+    if not _NAME.fullmatch(name) or len(name) > _NAME_CHARS:
+        rule = f"letters, digits, '.', '_' and '-', at most {_NAME_CHARS}, not starting with '.' or '-'"
+        return [Problem("run.name", name, f"cannot be a folder's name everywhere; use {rule}")]
+    return []
+
+
+def _check_data(config: JobConfig) -> list[Problem]:
+    if not config.data.sets:
+        return [Problem("data.sets", (), "there is no data; add [[data.sets]] with path = ... of a prepared corpus")]
+    return []
+
+
+def _check_optimizer(config: JobConfig) -> list[Problem]:
+    optimizer, steps = config.optimizer, config.training.steps
+    problems = []
+    for key, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+        if beta >= 1:
+            problems.append(Problem(f"optimizer.{key}", beta, "must be below 1, or the average never moves"))
+    if optimizer.warmup_steps > steps:
+        fix = f"set optimizer.warmup_steps to at most {steps}, or training.steps to at least {optimizer.warmup_steps}"
+        problems.append(
+            Problem("optimizer.warmup_steps", optimizer.warmup_steps, f"more than training.steps = {steps}; {fix}")
+        )
+    elif optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_fraction * steps > steps:
+        largest = (steps - optimizer.warmup_steps) / steps
+        problems.append(
+            Problem(
+                "optimizer.decay_fraction",
+                optimizer.decay_fraction,
+                f"decay would begin before the {optimizer.warmup_steps} steps of warm-up end; set at most {largest:g}",
+            )
+        )
+    return problems
+
+
+def _check_checkpoint(config: JobConfig) -> list[Problem]:
+    checkpoint = config.checkpoint
+    ram, persist, keep = checkpoint.ram_interval_steps, checkpoint.persist_interval_steps, checkpoint.keep_every_steps
+    problems = []
+    if persist % ram:
+        problems.append(
+            Problem(
+                "checkpoint.persist_interval_steps",
+                persist,
+                f"must be a multiple of checkpoint.ram_interval_steps = {ram}; set {_round_up(persist, ram)}",
+            )
+        )
+    if keep % persist:
+        problems.append(
+            Problem(
+                "checkpoint.keep_every_steps",
+                keep,
+                f"only every {persist} steps is a snapshot written (checkpoint.persist_interval_steps); "
+                f"set {_round_up(keep, persist)}, or 0 to keep none for ever",
+            )
+        )
+    return problems
+
+
+def _check_health(config: JobConfig) -> list[Problem]:
+    health = config.health
+    problems = []
+    if health.heartbeat_timeout_s <= 2 * health.heartbeat_interval_s:
+        problems.append(
+            Problem(
+                "health.heartbeat_timeout_s",
+                health.heartbeat_timeout_s,
+                f"must be more than two intervals (health.heartbeat_interval_s = {health.heartbeat_interval_s:g}), or "
+                f"one late heartbeat loses a node; set {5 * health.heartbeat_interval_s:g}",
+            )
+        )
+    if health.hang_floor_s <= health.heartbeat_timeout_s:
+        problems.append(
+            Problem(
+                "health.hang_floor_s",
+                health.hang_floor_s,
+                f"must be more than health.heartbeat_timeout_s = {health.heartbeat_timeout_s:g}, or a lost node is "
+                f"taken for a hang; set {2 * health.heartbeat_timeout_s:g}",
+            )
+        )
+    return problems
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
