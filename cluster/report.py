@@ -1,0 +1,212 @@
+"""A run in one struct: how far it is, what failed, what that cost; as `report.json` and `report.md`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from cluster.events import AnyEvent
+from cluster.incidents import write_whole
+from cluster.ledger import Goodput, IncidentCost, account
+from cluster.state import Incident, JobState, replay
+from cluster.stepline import UNKNOWN, format_duration
+from cluster.timeline import TimeCause
+from configs.schema import JobConfig
+from health.verdict import Cause
+from trainer.events import StepRecord
+from trainer.exits import ExitCode
+
+REPORT_JSON = "report.json"
+REPORT_MD = "report.md"
+
+
+class IncidentSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One incident for a person: what failed, what was done about it, what it cost."""
+
+    number: int
+    cause: Cause
+    node: str
+    rank: int
+    step: int
+    evidence: str
+    action: str
+    reason: str
+    recovered: bool
+    cost: IncidentCost
+
+
+class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole run. None means not known. tokens_per_sec is of all ranks, its median over the productive steps.
+
+    outcome: running, done, requeue, or failed; exit_code is None while no supervisor has written an end.
+    """
+
+    run: str
+    outcome: str
+    exit_code: int | None
+    reason: str
+    attempt: int
+    step: int
+    target_steps: int
+    loss_first: float | None
+    loss_last: float | None
+    tokens_per_sec: float | None
+    tokens_per_sec_per_gpu: float | None
+    newest_snapshot: int | None
+    nodes: dict[str, str]
+    incidents: tuple[IncidentSummary, ...]
+    goodput: Goodput
+    report: str
+
+
+def summary(
+    config: JobConfig,
+    events: Sequence[AnyEvent],
+    steps: Sequence[StepRecord],
+    now_wall_s: float | None = None,
+) -> RunSummary:
+    """Sum a run up. now_wall_s: as in `cluster.ledger.account`."""
+    state = replay(events)
+    goodput = account(events, steps, now_wall_s)
+    kept = surviving(steps)
+    losses = [record.loss_avg for record in kept if math.isfinite(record.loss_avg)]
+    rates = [record.tokens_per_sec_per_gpu for record in kept]
+    rate = statistics.median(rates) if rates else None
+    return RunSummary(
+        run=config.run.name,
+        outcome=_outcome(state),
+        exit_code=state.exit_code,
+        reason=state.stop_reason,
+        attempt=state.attempt,
+        step=max([kept[-1].step if kept else 0, state.newest_step if state.exit_code == ExitCode.DONE else 0]),
+        target_steps=state.target_steps or config.training.steps,
+        loss_first=losses[0] if losses else None,
+        loss_last=losses[-1] if losses else None,
+        tokens_per_sec=None if rate is None else rate * config.world_size,
+        tokens_per_sec_per_gpu=rate,
+        newest_snapshot=state.snapshots[-1] if state.snapshots else None,
+        nodes={name: node.status.value for name, node in sorted(state.nodes.items())},
+        incidents=_incidents(state, goodput),
+        goodput=goodput,
+        report=str(Path(config.run.dir) / config.run.name / REPORT_MD),
+    )
+
+
+def surviving(steps: Sequence[StepRecord]) -> list[StepRecord]:
+    """The records of the steps that count, by step: of a step computed more than once, the last generation's, and
+    nothing behind the place from which a later generation went on."""
+    kept: list[StepRecord] = []
+    for record in sorted(steps, key=lambda record: (record.generation, record.step)):
+        while kept and kept[-1].step >= record.step:
+            kept.pop()
+        kept.append(record)
+    return kept
+
+
+def write_report(run_dir: Path, report: RunSummary) -> Path:
+    """Write `report.json` and `report.md` into the run directory; returns the latter's path. Raises OSError."""
+    write_whole(run_dir / REPORT_JSON, msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    write_whole(run_dir / REPORT_MD, markdown(report).encode())
+    return run_dir / REPORT_MD
+
+
+def markdown(report: RunSummary) -> str:
+    """The report as Markdown."""
+    lines = [f"# {report.run}: {report.outcome}", ""]
+    lines += [f"- {name}: {text}" for name, text in headlines(report)]
+    lines += ["", "## What failed", ""]
+    if not report.incidents:
+        lines.append("Nothing.")
+    for each in report.incidents:
+        lines += [f"### {incident_title(each)}", "", *(f"- {line}" for line in incident_lines(each)), ""]
+    lines += ["", "## Where the time went", "", "| cause | seconds | share |", "|---|---:|---:|"]
+    lines += [f"| {cause} | {seconds:.1f} | {share} |" for cause, seconds, share in time_table(report.goodput)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def headlines(report: RunSummary) -> list[tuple[str, str]]:
+    """The facts of a run as (name, text), for every way of showing them."""
+    goodput = report.goodput
+    end = f" (exit {report.exit_code}: {report.reason})" if report.exit_code is not None else ""
+    rate = UNKNOWN
+    if report.tokens_per_sec is not None and report.tokens_per_sec_per_gpu is not None:
+        rate = f"{report.tokens_per_sec:,.0f} ({report.tokens_per_sec_per_gpu:,.0f} a rank)"
+    loss = UNKNOWN
+    if report.loss_first is not None and report.loss_last is not None:
+        loss = f"{report.loss_first:.4f} -> {report.loss_last:.4f}"
+    ettr = UNKNOWN if goodput.ettr is None else f"{goodput.ettr:.3f}"
+    return [
+        ("outcome", f"{report.outcome}{end}"),
+        ("steps", f"{report.step}/{report.target_steps}"),
+        ("loss", loss),
+        ("tokens/s", rate),
+        ("wall time", format_duration(goodput.wall_s)),
+        ("ettr", ettr),
+        ("restarts", f"{goodput.restarts}, {goodput.lost_steps} finished steps computed again"),
+        ("newest snapshot", UNKNOWN if report.newest_snapshot is None else f"step {report.newest_snapshot}"),
+        ("nodes", ", ".join(f"{name} {status}" for name, status in report.nodes.items()) or UNKNOWN),
+    ]
+
+
+def incident_title(incident: IncidentSummary) -> str:
+    """`1: node_lost, node-1, in step 12`; what is not known is left out."""
+    rank = f" rank {incident.rank}" if incident.rank >= 0 else ""
+    step = f", in step {incident.step}" if incident.step >= 0 else ""
+    return f"{incident.number}: {incident.cause.value}, {incident.node or 'no single node'}{rank}{step}"
+
+
+def incident_lines(incident: IncidentSummary) -> list[str]:
+    """Evidence, action and cost of an incident, one sentence each."""
+    cost = incident.cost
+    recovery = f"back after {format_duration(cost.recovery_s)}" if incident.recovered else "not recovered"
+    lines = [incident.evidence] if incident.evidence else []
+    if incident.action:
+        lines.append(f"{incident.action}: {incident.reason}")
+    lines.append(
+        f"noticed after {format_duration(cost.noticing_s)}, {recovery}; {cost.lost_steps} finished steps computed again"
+        f" ({format_duration(cost.lost_s)} of work lost)"
+    )
+    return lines
+
+
+def time_table(goodput: Goodput) -> list[tuple[str, float, str]]:
+    """Rows (cause, seconds, share of the wall time): productive first, then what cost most; zeros are left out."""
+    rows = [(TimeCause.PRODUCTIVE, goodput.productive_s)]
+    rows += sorted(goodput.badput_s.items(), key=lambda item: -item[1])
+    wall_s = goodput.wall_s or 1.0
+    return [
+        (cause.value, seconds, f"{100 * seconds / wall_s:.1f}%")
+        for cause, seconds in rows
+        if seconds > 0 or cause is TimeCause.PRODUCTIVE
+    ]
+
+
+def _outcome(state: JobState) -> str:
+    if state.exit_code is None:
+        return "running"
+    return {ExitCode.DONE.value: "done", ExitCode.REQUEUE.value: "requeue"}.get(state.exit_code, "failed")
+
+
+def _incidents(state: JobState, goodput: Goodput) -> tuple[IncidentSummary, ...]:
+    costs = {cost.incident: cost for cost in goodput.incidents}
+    return tuple(_incident(each, costs[each.number]) for each in state.incidents)
+
+
+def _incident(incident: Incident, cost: IncidentCost) -> IncidentSummary:
+    verdict = incident.verdict
+    return IncidentSummary(
+        number=incident.number,
+        cause=verdict.cause,
+        node=verdict.node,
+        rank=verdict.rank,
+        step=verdict.step,
+        evidence=verdict.evidence[0] if verdict.evidence else "",
+        action=incident.action,
+        reason=incident.reason,
+        recovered=not incident.open,
+        cost=cost,
+    )

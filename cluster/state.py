@@ -1,0 +1,309 @@
+"""The supervisor's whole knowledge, as a fold of its journal: replaying the events gives the state back."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from cluster.events import (
+    ActionTaken,
+    AgentStarted,
+    AnyEvent,
+    GenerationPlanned,
+    NodeEvicted,
+    NodeFinished,
+    NodeReady,
+    RunStarted,
+    RunStopped,
+    SupervisorTookOver,
+    VerdictGiven,
+    WorkersReported,
+)
+from health.verdict import Cause, Severity, Verdict
+from trainer.events import Fact, FactKind
+from trainer.exits import ExitCode
+
+KEPT_SNAPSHOTS = 16
+RESTARTING_ACTIONS = ("restart", "replace")
+_PERSONS_TURN = (ExitCode.FAILED, ExitCode.BAD_INPUT, ExitCode.DO_NOT_RESTART)
+
+
+class NodeStatus(enum.StrEnum):
+    """A node's place in the run. `ready` is a spare: warm and without ranks."""
+
+    STARTING = "starting"
+    READY = "ready"
+    ACTIVE = "active"
+    EVICTED = "evicted"
+    LOST = "lost"
+
+
+class NodeState(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one node. handle: the scheduler's word for its agent, "" before it was started."""
+
+    status: NodeStatus
+    handle: str = ""
+    host: str = ""
+    pid: int = 0
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """One past verdict, as the policy remembers it."""
+
+    generation: int
+    incident: int
+    node: str
+    rank: int
+    cause: Cause
+    step: int
+    fingerprint: str
+
+
+class Incident(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that failed. action is "" until the policy chose; open until a later generation finished a step."""
+
+    number: int
+    generation: int
+    verdict: Verdict
+    t_failed_wall_s: float
+    t_verdict_wall_s: float
+    action: str = ""
+    reason: str = ""
+    open: bool = True
+
+
+class JobState(msgspec.Struct, frozen=True, kw_only=True):
+    """The run as the journal tells it. Its mappings are never changed in place.
+
+    order: the nodes by rank, node i holding ranks i*ranks_per_node and up; a chosen spare is in it as soon as the
+    policy replaced a node. newest_step and snapshots (ascending): as far as the journal knows; metrics.jsonl may know
+    more steps. exit_code is None while the run goes on. failures: kept since a person last had a turn.
+    """
+
+    run: str = ""
+    attempt: int = 0
+    target_steps: int = 0
+    supervisor_pid: int = 0
+    nodes: Mapping[str, NodeState] = {}
+    generation: int = 0
+    order: tuple[str, ...] = ()
+    ranks_per_node: int = 0
+    ram_step: int = -1
+    restarts_used: int = 0
+    incidents: tuple[Incident, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    finished: frozenset[str] = frozenset()
+    snapshots: tuple[int, ...] = ()
+    newest_step: int = 0
+    exit_code: int | None = None
+    stop_reason: str = ""
+
+    @property
+    def newest_snapshot(self) -> int:
+        """The newest committed snapshot's step, -1 if there is none."""
+        return self.snapshots[-1] if self.snapshots else -1
+
+    @property
+    def open_incidents(self) -> tuple[Incident, ...]:
+        """Incidents from which the run has not recovered yet."""
+        return tuple(incident for incident in self.incidents if incident.open)
+
+    @property
+    def next_incident(self) -> int:
+        """The number that the next incident gets; the first is 1."""
+        return max((incident.number for incident in self.incidents), default=0) + 1
+
+    @property
+    def spares(self) -> tuple[str, ...]:
+        """Nodes that could take over ranks now, by name."""
+        return tuple(name for name in self.with_status(NodeStatus.READY) if name not in self.order)
+
+    def with_status(self, *statuses: NodeStatus) -> tuple[str, ...]:
+        """Names of the nodes in one of the statuses, sorted."""
+        return tuple(sorted(name for name, node in self.nodes.items() if node.status in statuses))
+
+    def status(self, node: str) -> NodeStatus | None:
+        """A node's status; None for a node never heard of."""
+        known = self.nodes.get(node)
+        return None if known is None else known.status
+
+
+def replay(events: Iterable[AnyEvent]) -> JobState:
+    """The state after all the events."""
+    state = JobState()
+    for event in events:
+        state = apply(state, event)
+    return state
+
+
+def apply(state: JobState, event: AnyEvent) -> JobState:
+    """The state after one more event. Total: an event about an unknown node or incident changes what it can."""
+    match event:
+        case RunStarted():
+            return _started(state, event)
+        case SupervisorTookOver():
+            return _replace(state, supervisor_pid=event.supervisor_pid)
+        case AgentStarted():
+            return _agent_started(state, event)
+        case NodeReady():
+            return _ready(state, event)
+        case GenerationPlanned():
+            return _planned(state, event)
+        case WorkersReported():
+            return _fact(state, event.fact)
+        case VerdictGiven():
+            return _verdict(state, event)
+        case ActionTaken():
+            return _action(state, event)
+        case NodeEvicted():
+            return _with_node(state, event.node, status=NodeStatus.EVICTED)
+        case NodeFinished():
+            return _replace(
+                state, finished=state.finished | {event.node}, newest_step=max(state.newest_step, event.step)
+            )
+        case RunStopped():
+            return _replace(
+                state,
+                exit_code=event.exit_code,
+                stop_reason=event.reason,
+                newest_step=max(state.newest_step, event.last_step),
+            )
+
+
+def _started(state: JobState, event: RunStarted) -> JobState:
+    """A new attempt starts new agents: only evictions outlive it. After an exit that asks for a person, that person
+    has had a turn: the failures before it no longer count as repeated ones."""
+    evicted = {name: node for name, node in state.nodes.items() if node.status is NodeStatus.EVICTED}
+    return _replace(
+        state,
+        run=event.run,
+        attempt=event.attempt,
+        target_steps=event.target_steps,
+        supervisor_pid=event.supervisor_pid,
+        nodes=evicted,
+        order=(),
+        finished=frozenset(),
+        failures=() if state.exit_code in _PERSONS_TURN else state.failures,
+        incidents=tuple(msgspec.structs.replace(incident, open=False) for incident in state.incidents),
+        exit_code=None,
+        stop_reason="",
+    )
+
+
+def _agent_started(state: JobState, event: AgentStarted) -> JobState:
+    if state.status(event.node) is NodeStatus.EVICTED:
+        return state
+    return _with_node(state, event.node, status=NodeStatus.STARTING, handle=event.handle)
+
+
+def _ready(state: JobState, event: NodeReady) -> JobState:
+    keep = state.status(event.node) in (NodeStatus.EVICTED, NodeStatus.ACTIVE)
+    status = state.nodes[event.node].status if keep else NodeStatus.READY
+    return _with_node(state, event.node, status=status, host=event.host, pid=event.pid)
+
+
+def _planned(state: JobState, event: GenerationPlanned) -> JobState:
+    nodes = dict(state.nodes)
+    for name, node in state.nodes.items():
+        if node.status is NodeStatus.ACTIVE and name not in event.nodes:
+            nodes[name] = msgspec.structs.replace(node, status=NodeStatus.READY)
+    for name in event.nodes:
+        node = nodes.get(name, NodeState(status=NodeStatus.ACTIVE))
+        nodes[name] = msgspec.structs.replace(node, status=NodeStatus.ACTIVE)
+    return _replace(
+        state,
+        generation=event.generation,
+        order=event.nodes,
+        ranks_per_node=event.ranks_per_node,
+        ram_step=event.ram_step,
+        nodes=nodes,
+        finished=frozenset(),
+    )
+
+
+def _fact(state: JobState, fact: Fact) -> JobState:
+    match fact.kind:
+        case FactKind.FIRST_STEP:
+            incidents = tuple(
+                msgspec.structs.replace(each, open=False) if each.generation < fact.generation else each
+                for each in state.incidents
+            )
+            return _replace(state, incidents=incidents, newest_step=max(state.newest_step, fact.step))
+        case FactKind.SNAPSHOT_COMMITTED:
+            snapshots = tuple(sorted({*state.snapshots, fact.step}))[-KEPT_SNAPSHOTS:]
+            return _replace(state, snapshots=snapshots, newest_step=max(state.newest_step, fact.step))
+        case FactKind.SNAPSHOT_REJECTED:
+            return _replace(state, snapshots=tuple(step for step in state.snapshots if step != fact.step))
+    return state
+
+
+def _verdict(state: JobState, event: VerdictGiven) -> JobState:
+    verdict = event.verdict
+    if verdict.severity is Severity.NOTICE:
+        return state
+    failure = Failure(
+        generation=event.generation,
+        incident=event.incident,
+        node=verdict.node,
+        rank=verdict.rank,
+        cause=verdict.cause,
+        step=verdict.step,
+        fingerprint=verdict.fingerprint,
+    )
+    state = _replace(state, failures=(*state.failures, failure))
+    if all(each.number != event.incident for each in state.incidents):
+        incident = Incident(
+            number=event.incident,
+            generation=event.generation,
+            verdict=verdict,
+            t_failed_wall_s=event.t_failed_wall_s,
+            t_verdict_wall_s=event.t_wall_s,
+        )
+        state = _replace(state, incidents=(*state.incidents, incident))
+    if verdict.cause is Cause.NODE_LOST and state.status(verdict.node) not in (None, NodeStatus.EVICTED):
+        state = _with_node(state, verdict.node, status=NodeStatus.LOST)
+    return state
+
+
+def _action(state: JobState, event: ActionTaken) -> JobState:
+    incidents = tuple(
+        msgspec.structs.replace(
+            each, action=event.action, reason=event.reason, open=each.open and event.action != "nothing"
+        )
+        if each.number == event.incident
+        else each
+        for each in state.incidents
+    )
+    restarts_used = state.restarts_used + (event.action in RESTARTING_ACTIONS)
+    state = _replace(state, incidents=incidents, restarts_used=restarts_used)
+    if event.action != "replace":
+        return state
+    # The spare is taken at once, so that a second loss before the next plan is given another one.
+    state = _replace(state, order=tuple(event.spare if name == event.node else name for name in state.order))
+    if event.spare:
+        state = _with_node(state, event.spare, status=NodeStatus.ACTIVE)
+    return _with_node(state, event.node, status=NodeStatus.EVICTED) if event.node else state
+
+
+def _with_node(
+    state: JobState,
+    name: str,
+    *,
+    status: NodeStatus,
+    handle: str | None = None,
+    host: str | None = None,
+    pid: int | None = None,
+) -> JobState:
+    known = state.nodes.get(name, NodeState(status=status))
+    node = NodeState(
+        status=status,
+        handle=known.handle if handle is None else handle,
+        host=known.host if host is None else host,
+        pid=known.pid if pid is None else pid,
+    )
+    return _replace(state, nodes={**state.nodes, name: node})
+
+
+_replace = msgspec.structs.replace

@@ -1,0 +1,250 @@
+"""Hangs and lost nodes, from what the supervisor itself saw and when: all times are its own monotonic seconds.
+
+No other machine's clock is ever read: a beat counts from the moment its message arrived here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from configs.schema import HealthConfig
+from health.verdict import Cause, Severity, Verdict
+from trainer.events import Beat, Phase
+
+RECENT_STEPS = 32
+_STOPPED_STATES = frozenset("TZX")
+_STATE_WORDS = {"T": "stopped", "t": "traced", "Z": "dead", "X": "dead", "D": "uninterruptible wait", "": "unknown"}
+_STEP_PHASES = frozenset({Phase.DATA, Phase.FORWARD_BACKWARD, Phase.VOTE, Phase.OPTIMIZER})
+
+
+class RankSeen(Protocol):
+    """One rank in a message: its latest beat (None before the first), its state letter in /proc ("" unknown)."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def process_state(self) -> str: ...
+    @property
+    def beat(self) -> Beat | None: ...
+
+
+def hang_bound_s(recent_step_s: Sequence[float], config: HealthConfig) -> float:
+    """How long no rank may advance: hang_factor times the slowest of the last RECENT_STEPS steps, at least
+    hang_floor_s; startup_timeout_s while no step of the generation has finished."""
+    if not recent_step_s:
+        return config.startup_timeout_s
+    return max(config.hang_floor_s, config.hang_factor * max(recent_step_s[-RECENT_STEPS:]))
+
+
+def lost_nodes(
+    now_s: float,
+    last_heard_s: Mapping[str, float],
+    config: HealthConfig,
+    step: int = -1,
+    watching_since_s: float = float("-inf"),
+) -> list[Verdict]:
+    """A NODE_LOST for each node silent for more than heartbeat_timeout_s.
+
+    watching_since_s (see `Attention`): silence before it is not held against a node.
+    """
+    verdicts = []
+    for node, heard_s in sorted(last_heard_s.items()):
+        silence_s = now_s - max(heard_s, watching_since_s)
+        if silence_s > config.heartbeat_timeout_s:
+            line = (
+                f"no heartbeat from {node} for {silence_s:.1f} s (limit {config.heartbeat_timeout_s:g} s, "
+                f"one is due every {config.heartbeat_interval_s:g} s)"
+            )
+            verdicts.append(
+                Verdict(
+                    node=node, rank=-1, cause=Cause.NODE_LOST, severity=Severity.NODE, step=step,
+                    fingerprint=Cause.NODE_LOST.value, evidence=(line,),
+                )
+            )  # fmt: skip
+    return verdicts
+
+
+class Attention:
+    """Since when the observer has looked without a break: a supervisor that was itself stopped or starved must not
+    blame the silence on the nodes."""
+
+    def __init__(self, now_s: float, longest_break_s: float) -> None:
+        self.since_s = now_s
+        self._last_s = now_s
+        self._longest_break_s = longest_break_s
+
+    def tick(self, now_s: float) -> float:
+        """Note that the observer looks now; returns since when it has been looking."""
+        if now_s - self._last_s > self._longest_break_s:
+            self.since_s = now_s
+        self._last_s = now_s
+        return self.since_s
+
+
+class _Rank:
+    """What is known of one rank: its latest beat, when it last advanced, and how it stands."""
+
+    def __init__(self, node: str, now_s: float) -> None:
+        self.node = node
+        self.beat: Beat | None = None
+        self.state = ""
+        self.stopped_since_s: float | None = None
+        self.advanced_s = now_s
+        self.recent_step_s: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.finished_steps = 0
+
+    @property
+    def position(self) -> tuple[int, int]:
+        return (-1, -1) if self.beat is None else (self.beat.step, int(self.beat.phase))
+
+    def see(self, now_s: float, beat: Beat | None, state: str) -> None:
+        finished = self.beat is not None and self.beat.phase is Phase.FINISHED
+        self.state = "" if finished else state
+        if self.state and self.state in _STOPPED_STATES:
+            self.stopped_since_s = now_s if self.stopped_since_s is None else self.stopped_since_s
+        else:
+            self.stopped_since_s = None
+        before = self.beat
+        if beat is None or (before is not None and _mark(beat) == _mark(before)):
+            return
+        self.beat = beat
+        self.advanced_s = now_s
+        if before is not None and beat.step > before.step and beat.last_step_s > 0:
+            self._record(beat.last_step_s)
+
+    def _record(self, step_s: float) -> None:
+        self.finished_steps += 1
+        # Compilation and first allocations make a generation's first step slow: it must not set the bound for long.
+        if self.finished_steps == 5 and len(self.recent_step_s) > 1:
+            self.recent_step_s.popleft()
+        self.recent_step_s.append(step_s)
+
+
+class Progress:
+    """The progress of one generation's ranks, and whether it has stopped.
+
+    ranks: the node of each rank. Beats of other generations (left over in the slots) are not looked at.
+    """
+
+    def __init__(self, generation: int, ranks: Mapping[int, str], config: HealthConfig, now_s: float) -> None:
+        self.generation = generation
+        self._config = config
+        self._ranks = {rank: _Rank(ranks[rank], now_s) for rank in sorted(ranks)}
+        self._heard_s = dict.fromkeys(ranks.values(), now_s)
+        self._attention = Attention(now_s, config.heartbeat_timeout_s)
+
+    def feed(self, now_s: float, node: str, beats: Iterable[RankSeen]) -> None:
+        """Take in one agent's message, which arrived now."""
+        if node not in self._heard_s:
+            return
+        self._heard_s[node] = now_s
+        for seen in beats:
+            rank = self._ranks.get(seen.rank)
+            if rank is None or rank.node != node:
+                continue
+            fresh = seen.beat is not None and seen.beat.generation == self.generation
+            rank.see(now_s, seen.beat if fresh else None, seen.process_state)
+
+    @property
+    def newest_step(self) -> int:
+        """The step that the foremost rank is in; -1 before the first beat."""
+        return max((rank.position[0] for rank in self._ranks.values()), default=-1)
+
+    @property
+    def last_advance_s(self) -> float:
+        """When any rank was last seen to advance."""
+        return max((rank.advanced_s for rank in self._ranks.values()), default=0.0)
+
+    def bound_s(self) -> float:
+        """How long the ranks may stand still now."""
+        return hang_bound_s(self._recent(), self._config)
+
+    def judge(self, now_s: float) -> Verdict | None:
+        """A verdict if no rank has advanced for the bound and one heartbeat (what an advance needs to get here).
+
+        None as long as a node is silent: that is a lost node's matter. A rank that is stopped or dead by its /proc
+        state needs no more proof than hang_floor_s without progress, even during start-up. Ranks that all have
+        finished may take startup_timeout_s to leave.
+        """
+        config = self._config
+        since_s = self._attention.tick(now_s)
+        if any(now_s - heard_s > config.heartbeat_timeout_s for heard_s in self._heard_s.values()):
+            return None
+        still_s = now_s - max(self.last_advance_s, since_s)
+        bound_s, derived = self._derive_bound(now_s)
+        if not self._ranks or still_s <= bound_s + config.heartbeat_interval_s:
+            return None
+        suspects, why = self._suspects()
+        nodes = {self._ranks[rank].node for rank in suspects}
+        started = self._started()
+        stopped = any(self._ranks[rank].stopped_since_s is not None for rank in suspects)
+        cause = Cause.HANG if started or stopped else Cause.STARTUP_TIMEOUT
+        where = f"rank {suspects[0]} on {self._ranks[suspects[0]].node}: {why}" if len(nodes) == 1 else why
+        headline = f"no rank advanced for {still_s:.1f} s (limit {bound_s:.1f} s: {derived}); {where}"
+        return Verdict(
+            node=nodes.pop() if len(nodes) == 1 else "",
+            rank=suspects[0] if suspects and len({self._ranks[rank].node for rank in suspects}) == 1 else -1,
+            cause=cause,
+            severity=Severity.WORKERS,
+            step=self.newest_step,
+            fingerprint=cause.value,
+            evidence=(headline, *self.table(now_s)),
+        )
+
+    def table(self, now_s: float) -> list[str]:
+        """One line a rank: where it stands, for how long, and its process state."""
+        lines = []
+        for number, rank in self._ranks.items():
+            place = "no heartbeat yet"
+            if rank.beat is not None:
+                place = f"step {rank.beat.step} {Phase(rank.beat.phase).name.lower()}"
+            state = _STATE_WORDS.get(rank.state, "running or waiting")
+            letter = rank.state or "?"
+            age_s = now_s - rank.advanced_s
+            lines.append(f"rank {number} on {rank.node}: {place} for {age_s:.1f} s, process state {letter} ({state})")
+        return lines
+
+    def _recent(self) -> list[float]:
+        """The slowest recent step of each rank: as many as there are ranks, so none is cut off by the window."""
+        slowest = [max(rank.recent_step_s) for rank in self._ranks.values() if rank.recent_step_s]
+        return [max(slowest)] if slowest else []
+
+    def _started(self) -> bool:
+        return any(rank.recent_step_s for rank in self._ranks.values())
+
+    def _derive_bound(self, now_s: float) -> tuple[float, str]:
+        config, recent = self._config, self._recent()
+        bound_s, derived = hang_bound_s(recent, config), "health.startup_timeout_s, no step has finished yet"
+        if recent:
+            derived = f"{config.hang_factor:g} x the slowest recent step of {recent[0]:.2f} s"
+            derived += f", at least {config.hang_floor_s:g} s"
+        everyone = self._ranks.values()
+        if everyone and all(rank.beat is not None and rank.beat.phase is Phase.FINISHED for rank in everyone):
+            return config.startup_timeout_s, "health.startup_timeout_s, all ranks have finished but do not leave"
+        stopped = [rank.stopped_since_s for rank in everyone if rank.stopped_since_s is not None]
+        if stopped and now_s - min(stopped) > config.hang_floor_s and config.hang_floor_s < bound_s:
+            return config.hang_floor_s, "health.hang_floor_s, a process is stopped or dead"
+        return bound_s, derived
+
+    def _suspects(self) -> tuple[list[int], str]:
+        """The ranks that hold the others up, and why they are suspected; none if all of them wait."""
+        everyone = self._ranks
+        for letters, why in ((_STOPPED_STATES, "its process is stopped or dead"), (frozenset("tD"), "it is blocked")):
+            found = [number for number, rank in everyone.items() if rank.state in letters and rank.state]
+            if found and len(found) < len(everyone):
+                return found, why
+        least = min(rank.position for rank in everyone.values())
+        behind = [number for number, rank in everyone.items() if rank.position == least]
+        if len(behind) * 2 < len(everyone):
+            return behind, f"furthest behind, with {len(behind)} of {len(everyone)} ranks"
+        return [], "all ranks wait"
+
+
+def _mark(beat: Beat) -> tuple[float, ...]:
+    """What must change for a rank to have advanced. Outside the step (building, loading, a long save) any new beat is
+    an advance; inside, only another step or phase is."""
+    if beat.phase in _STEP_PHASES:
+        return (beat.step, int(beat.phase))
+    return (beat.step, int(beat.phase), beat.monotonic_s)
