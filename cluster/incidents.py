@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -13,25 +13,30 @@ from cluster.ledger import IncidentCost
 from health.verdict import Verdict
 
 VERDICT_FILE = "verdict.json"
+VERDICTS_FILE = "verdicts.json"
 COST_FILE = "cost.json"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _LONGEST_NAME = 120
 
 
-def write_incident(run_dir: Path, number: int, verdict: Verdict, files: Mapping[str, bytes]) -> Path:
-    """Write `incidents/<number>/`: verdict.json and the evidence files, whose names are made safe.
+def write_incident(
+    run_dir: Path, number: int, verdict: Verdict, verdicts: Sequence[Verdict], files: Mapping[str, bytes]
+) -> Path:
+    """Write `incidents/<number>/`: verdict.json (the root), verdicts.json (all that came together) and the evidence
+    files, whose names are made safe.
 
     Writing the same incident again (a supervisor that took over) replaces its files. Returns the folder. Raises
     OSError if it cannot be written.
     """
     folder = _folder(run_dir, number)
     folder.mkdir(parents=True, exist_ok=True)
-    taken = {VERDICT_FILE, COST_FILE}
+    taken = {VERDICT_FILE, VERDICTS_FILE, COST_FILE}
     for name in sorted(files):
         safe = _free(safe_name(name), taken)
         taken.add(safe)
         write_whole(folder / safe, files[name])
-    write_whole(folder / VERDICT_FILE, msgspec.json.format(msgspec.json.encode(verdict)) + b"\n")
+    write_whole(folder / VERDICTS_FILE, _pretty(list(verdicts)))
+    write_whole(folder / VERDICT_FILE, _pretty(verdict))
     return folder
 
 
@@ -39,7 +44,7 @@ def write_cost(run_dir: Path, cost: IncidentCost) -> Path:
     """Write `incidents/<number>/cost.json`, once the run has recovered or ended."""
     path = _folder(run_dir, cost.incident) / COST_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, msgspec.json.format(msgspec.json.encode(cost)) + b"\n")
+    write_whole(path, _pretty(cost))
     return path
 
 
@@ -56,6 +61,10 @@ def write_whole(path: Path, data: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _pretty(record: msgspec.Struct | list[Verdict]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(record)) + b"\n"
 
 
 def _folder(run_dir: Path, number: int) -> Path:

@@ -26,7 +26,6 @@ from trainer.events import StepRecord
 Record = TypeVar("Record")
 
 _DURABLE = (RunStarted, SupervisorTookOver, GenerationPlanned, VerdictGiven, ActionTaken, NodeEvicted, RunStopped)
-_NAN_FIELDS = ("loss_avg", "loss_max", "grad_norm")
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def read_steps(path: Path) -> list[StepRecord]:
 
 def tail_steps(path: Path, offset: int) -> Lines[StepRecord]:
     """The metrics rows from offset (bytes) on, as `tail`."""
-    return _read_lines(path, offset, _decode_step)
+    return _read_lines(path, offset, msgspec.json.Decoder(StepRecord).decode)
 
 
 def _read_lines(path: Path, offset: int, decode: Callable[[bytes], Record]) -> Lines[Record]:
@@ -107,13 +106,3 @@ def _read_lines(path: Path, offset: int, decode: Callable[[bytes], Record]) -> L
         except (msgspec.DecodeError, UnicodeDecodeError):
             skipped += 1
     return Lines(records, offset + len(whole), skipped)
-
-
-def _decode_step(line: bytes) -> StepRecord:
-    """JSON has no NaN: a loss that was not finite is written as null and read back as NaN."""
-    try:
-        return msgspec.json.decode(line, type=StepRecord)
-    except msgspec.ValidationError:
-        raw = msgspec.json.decode(line, type=dict[str, object])
-        filled = {key: float("nan") if value is None and key in _NAN_FIELDS else value for key, value in raw.items()}
-        return msgspec.convert(filled, StepRecord)

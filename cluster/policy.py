@@ -162,7 +162,9 @@ def _strikes(verdict: Verdict, state: JobState) -> set[int]:
 
 
 def _earlier(state: JobState) -> list[Failure]:
-    return [each for each in state.failures if each.generation < state.generation]
+    # A failure while a generation is still being gathered is about one that the state has no plan of yet.
+    current = max([state.generation, *(each.generation for each in state.failures)])
+    return [each for each in state.failures if each.generation < current]
 
 
 def _what(verdict: Verdict) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +72,7 @@ def summary(
     state = replay(events)
     goodput = account(events, steps, now_wall_s)
     kept = surviving(steps)
-    losses = [record.loss_avg for record in kept if math.isfinite(record.loss_avg)]
+    losses = [record.loss_avg for record in kept if record.loss_avg is not None]
     rates = [record.tokens_per_sec_per_gpu for record in kept]
     rate = statistics.median(rates) if rates else None
     return RunSummary(

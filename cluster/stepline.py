@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 
@@ -15,8 +14,8 @@ def format_step_line(record: StepRecord, ettr: float | None, eta_s: float | None
     """`step: 120/2000  loss: 3.4121  grad_norm: 0.81  memory: 40.1GiB(50.1%)  tps: 7,012  ...  eta: 2h03m`."""
     fields = (
         ("step", f"{record.step}/{record.steps}"),
-        ("loss", f"{record.loss_avg:.4f}" if math.isfinite(record.loss_avg) else str(record.loss_avg)),
-        ("grad_norm", f"{record.grad_norm:.2f}" if math.isfinite(record.grad_norm) else str(record.grad_norm)),
+        ("loss", UNKNOWN if record.loss_avg is None else f"{record.loss_avg:.4f}"),
+        ("grad_norm", UNKNOWN if record.grad_norm is None else f"{record.grad_norm:.2f}"),
         ("memory", _memory(record.memory_gib, record.memory_pct)),
         ("tps", f"{record.tokens_per_sec_per_gpu:,.0f}"),
         ("tflops", UNKNOWN if record.tflops_per_gpu is None else f"{record.tflops_per_gpu:.1f}"),

@@ -105,12 +105,12 @@ class _Generation:
     def begin_us(self) -> int | None:
         """When its first step began."""
         first = self.first_step
-        ends = [fact.t_wall_s - fact.seconds for fact in self.facts if fact.kind is FactKind.FIRST_STEP]
+        ends = [_us(fact.t_wall_s) for fact in self.facts if fact.kind is FactKind.FIRST_STEP]
         if self.records and first is not None:
             record = self.records[0]
             if record.step == first or not ends:
-                ends = [record.t_wall_s - record.step_s * (record.step - first + 1)]
-        return _us(min(ends)) if ends else None
+                return _us(record.t_wall_s - record.step_s * (record.step - first + 1))
+        return min(ends) - self.typical_step_us if ends else None
 
     @property
     def last_sign_us(self) -> int:

@@ -111,7 +111,7 @@ class _Rank:
             return
         self.beat = beat
         self.advanced_s = now_s
-        if before is not None and beat.step > before.step and beat.last_step_s > 0:
+        if beat.last_step_s > 0 and (before is None or beat.last_step_s != before.last_step_s):
             self._record(beat.last_step_s)
 
     def _record(self, step_s: float) -> None:
