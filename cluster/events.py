@@ -55,6 +55,8 @@ class GenerationPlanned(Event, frozen=True, kw_only=True, tag="generation_planne
     generation: int
     nodes: tuple[str, ...]
     ranks_per_node: int
+    store_host: str
+    store_port: int
     ram_step: int
     reason: str
 

@@ -125,11 +125,6 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
         """Nodes that get no more work in this run."""
         return self.with_status(NodeStatus.EVICTED)
 
-    @property
-    def evicted(self) -> tuple[str, ...]:
-        """Nodes that get no more work in this run, by name."""
-        return self.with_status(NodeStatus.EVICTED)
-
     def with_status(self, *statuses: NodeStatus) -> tuple[str, ...]:
         """Names of the nodes in one of the statuses, sorted."""
         return tuple(sorted(name for name, node in self.nodes.items() if node.status in statuses))

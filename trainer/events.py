@@ -55,7 +55,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of metrics.jsonl. None means not known, never zero. t_wall_s: when the step ended."""
+    """One line of metrics.jsonl. None means not known or not finite, never zero. t_wall_s: when the step ended."""
 
     step: int
     steps: int
@@ -64,9 +64,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float
     data_s: float
     stall_s: float
-    loss_avg: float
-    loss_max: float
-    grad_norm: float
+    loss_avg: float | None
+    loss_max: float | None
+    grad_norm: float | None
     lr: float
     tokens_seen: int
     tokens_per_sec_per_gpu: float

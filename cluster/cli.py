@@ -1,0 +1,332 @@
+"""The command line. A composition root: each command imports what it needs, so that `status` answers in a blink."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, subcommand
+
+from configs.load import ConfigError
+from trainer.exits import ExitCode
+
+if TYPE_CHECKING:
+    from cluster.console import ConsoleWatcher
+    from cluster.rundir import RunDir
+    from configs.schema import JobConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Run a job, or go on with it: the same command again resumes. Override with --section.key value."""
+
+    config: Positional[str]
+    """TOML file, or the name of a packaged preset."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Print the resolved configuration, checked, with overrides applied."""
+
+    config: Positional[str]
+    """TOML file, or the name of a packaged preset."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """Show how a run stands: step, throughput, ETTR, what failed and what it cost."""
+
+    run: Positional[str]
+    """Name of the run, or its folder."""
+    dir: str = "runs"
+    """Where runs are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Logs:
+    """Print the logs of a run's ranks, or of its agents with --agent."""
+
+    run: Positional[str]
+    """Name of the run, or its folder."""
+    node: str = ""
+    """Only this node."""
+    rank: int = -1
+    """Only this rank."""
+    agent: bool = False
+    """The agents' logs, not the ranks'."""
+    follow: bool = False
+    """Go on printing as lines come, until Ctrl-C."""
+    dir: str = "runs"
+    """Where runs are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointLs:
+    """List a run's snapshots on disk."""
+
+    run: Positional[str]
+    """Name of the run, or its folder."""
+    dir: str = "runs"
+    """Where runs are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointVerify:
+    """Verify every byte of a run's snapshots; exit 1 if one is damaged."""
+
+    run: Positional[str]
+    """Name of the run, or its folder."""
+    step: int = -1
+    """Only this step."""
+    dir: str = "runs"
+    """Where runs are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataPrepare:
+    """Turn text into training data: tokenizer.json and corpus.bin/.idx."""
+
+    sources: Positional[tuple[Path, ...]] = ()
+    """Files and folders: text, jsonl, parquet, also compressed. Without any: the installed Python's own library."""
+    output: Path = Path("data/default")
+    """Folder to write."""
+    vocab_size: int = 2048
+    """Entries of the tokenizer that is trained."""
+    tokenizer: Path | None = None
+    """A tokenizer.json to use instead of training one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataShow:
+    """Say what a prepared corpus holds."""
+
+    corpus: Positional[Path] = Path("data/default/corpus")
+    """Prefix of the .bin and .idx files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Look after a run's snapshots."""
+
+    command: Annotated[CheckpointLs, subcommand("ls")] | Annotated[CheckpointVerify, subcommand("verify")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Prepare training data."""
+
+    command: Annotated[DataPrepare, subcommand("prepare")] | Annotated[DataShow, subcommand("show")]
+
+
+Command = (
+    Annotated[Run, subcommand("run")]
+    | Annotated[Config, subcommand("config")]
+    | Annotated[Status, subcommand("status")]
+    | Annotated[Logs, subcommand("logs")]
+    | Annotated[Checkpoint, subcommand("checkpoint")]
+    | Annotated[Data, subcommand("data")]
+)
+
+
+def main() -> None:
+    """Entry point of `everstep`."""
+    sys.exit(dispatch(sys.argv[1:]))
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Run one command; returns its exit code. What the user can mend is said in a line, without a traceback."""
+    command, overrides = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        args=list(arguments),
+        prog="everstep",
+        return_unknown_args=True,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+    command = command.command if isinstance(command, (Checkpoint, Data)) else command
+    errors = Console(stderr=True, soft_wrap=True)
+    if overrides and not isinstance(command, (Run, Config)):
+        errors.print(f"[bold red]error:[/] unknown option {overrides[0]}; `everstep --help` lists them")
+        return ExitCode.BAD_INPUT
+    try:
+        return _COMMANDS[type(command)](command, overrides)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            errors.print("[bold red]error:[/]", line, highlight=False, markup=True)
+        return ExitCode.BAD_INPUT
+    except (ValueError, OSError) as error:
+        errors.print(f"[bold red]error:[/] {error}", highlight=False)
+        return ExitCode.BAD_INPUT if isinstance(error, ValueError) else ExitCode.FAILED
+    except BrokenPipeError:
+        return ExitCode.DONE
+
+
+def _run(command: Run, overrides: Sequence[str]) -> int:
+    from cluster.run import run_job
+    from cluster.rundir import RunDir
+    from configs.load import check_files, load_job
+
+    config = load_job(command.config, overrides)
+    if problems := check_files(config):
+        raise ConfigError(problems)
+    run_dir = RunDir.of(config)
+    console = Console(soft_wrap=True)
+    with _watching(config, run_dir, console) as watcher:
+        code = run_job(config, watcher, _newest_verified_snapshot)
+    if code == ExitCode.DONE and not watcher.saw_events:
+        console.print(
+            f"run {config.run.name} is already at step {config.training.steps}; raise training.steps to go on, or "
+            "choose another run.name"
+        )
+    _print_report(run_dir, console, write=True, ended=True)
+    return code
+
+
+@contextlib.contextmanager
+def _watching(config: JobConfig, run_dir: RunDir, console: Console) -> Iterator[ConsoleWatcher]:
+    from cluster.console import ConsoleWatcher
+    from cluster.telemetry import WandbSink
+
+    sink = WandbSink(config, run_dir) if config.telemetry.wandb != "off" else None
+    watcher = ConsoleWatcher(console, run_dir, sink)
+    try:
+        yield watcher
+    finally:
+        watcher.close()
+
+
+def _newest_verified_snapshot(run_dir: Path) -> int:
+    from checkpointing.verify import list_snapshots, verify_snapshot
+
+    for info in list_snapshots(run_dir):
+        if not verify_snapshot(run_dir, info.step):
+            return info.step
+    return -1
+
+
+def _print_report(run_dir: RunDir, console: Console, write: bool, ended: bool) -> None:
+    from cluster.incidents import write_cost
+    from cluster.journal import read_events, read_steps
+    from cluster.render import render
+    from cluster.report import summary, write_report
+    from configs.load import load_job
+
+    found = read_events(run_dir.events)
+    if not found:
+        return
+    report = summary(load_job(run_dir.config), found, read_steps(run_dir.metrics), None if ended else time.time())
+    if write:
+        write_report(run_dir.path, report)
+        for incident in report.incidents:
+            write_cost(run_dir.path, incident.cost)
+    console.print(render(report))
+
+
+def _config(command: Config, overrides: Sequence[str]) -> int:
+    from configs.load import load_job, resolve_toml
+
+    sys.stdout.write(resolve_toml(load_job(command.config, overrides)))
+    return ExitCode.DONE
+
+
+def _status(command: Status, _overrides: Sequence[str]) -> int:
+    from cluster.rundir import find_run, supervisor_alive
+
+    run_dir = find_run(command.run, command.dir)
+    _print_report(run_dir, Console(soft_wrap=True), write=False, ended=not supervisor_alive(run_dir))
+    return ExitCode.DONE
+
+
+def _logs(command: Logs, _overrides: Sequence[str]) -> int:
+    from cluster.logs import find_logs, print_logs
+    from cluster.rundir import find_run
+
+    paths = find_logs(find_run(command.run, command.dir), command.node, command.rank, command.agent)
+    with contextlib.suppress(KeyboardInterrupt):
+        print_logs(paths, command.follow)
+    return ExitCode.DONE
+
+
+def _checkpoint_ls(command: CheckpointLs, _overrides: Sequence[str]) -> int:
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    from checkpointing.verify import list_snapshots
+    from cluster.rundir import find_run
+
+    table = Table("step", "generation", "ranks", "size", "when", box=None)
+    for info in list_snapshots(find_run(command.run, command.dir).path):
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info.t_wall_s)) if not info.problem else info.problem
+        table.add_row(str(info.step), str(info.generation), str(info.world_size), decimal(info.size_bytes or 0), when)
+    Console(soft_wrap=True).print(table)
+    return ExitCode.DONE
+
+
+def _checkpoint_verify(command: CheckpointVerify, _overrides: Sequence[str]) -> int:
+    from checkpointing.verify import list_snapshots, verify_snapshot
+    from cluster.rundir import find_run
+
+    run_dir = find_run(command.run, command.dir)
+    known = [info.step for info in list_snapshots(run_dir.path)]
+    if command.step >= 0 and command.step not in known:
+        raise ValueError(f"run {run_dir.path.name} has no snapshot of step {command.step}; it has {known or 'none'}")
+    console, damaged = Console(soft_wrap=True), 0
+    for step in known if command.step < 0 else [command.step]:
+        problems = verify_snapshot(run_dir.path, step)
+        damaged += bool(problems)
+        console.print(f"step {step}: {'[red]damaged[/]' if problems else 'whole'}", highlight=False)
+        for problem in problems:
+            console.print(f"  {problem}", highlight=False, markup=False)
+    return ExitCode.FAILED if damaged else ExitCode.DONE
+
+
+def _data_prepare(command: DataPrepare, _overrides: Sequence[str]) -> int:
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    from trainer.prepare import PrepareProgress, PrepareSettings, prepare
+
+    console = Console(soft_wrap=True)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as bar:
+        task = bar.add_task("reading")
+
+        def show(progress: PrepareProgress) -> None:
+            bar.update(
+                task,
+                description=f"{progress.stage.value}: {progress.documents:,} documents, "
+                f"{progress.text_bytes / 1e6:,.1f} MB, {progress.tokens:,} tokens",
+            )
+
+        settings = PrepareSettings(vocab_size=command.vocab_size)
+        made = prepare(command.sources, command.output, settings, command.tokenizer, show)
+    word = "already there" if made.reused else "written"
+    console.print(f"{made.prefix}.bin/.idx {word}: {made.info.documents:,} documents, {made.info.tokens:,} tokens")
+    return ExitCode.DONE
+
+
+def _data_show(command: DataShow, _overrides: Sequence[str]) -> int:
+    from trainer.prepared import read_info
+
+    info = read_info(command.corpus)
+    if info is None:
+        raise ValueError(f"{command.corpus} is not a prepared corpus; `everstep data prepare` makes one")
+    for field in info.__struct_fields__:
+        sys.stdout.write(f"{field}: {getattr(info, field)}\n")
+    return ExitCode.DONE
+
+
+_COMMANDS = {
+    Run: _run,
+    Config: _config,
+    Status: _status,
+    Logs: _logs,
+    CheckpointLs: _checkpoint_ls,
+    CheckpointVerify: _checkpoint_verify,
+    DataPrepare: _data_prepare,
+    DataShow: _data_show,
+}

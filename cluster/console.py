@@ -1,0 +1,124 @@
+"""What a person sees while a job runs: step lines, and every event worth a line, as they happen."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.markup import escape
+
+from cluster import events
+from cluster.journal import read_events, tail_steps
+from cluster.ledger import account
+from cluster.rundir import RunDir
+from cluster.stepline import eta_s, format_step_line
+from cluster.telemetry import WandbSink
+from trainer.events import FactKind, StepRecord
+
+_ETTR_EVERY_S = 5.0
+_ETTR_COST_SHARE = 0.02
+
+
+class ConsoleWatcher:
+    """Prints events and step lines, and hands the step records to wandb if there is a sink."""
+
+    def __init__(self, console: Console, run_dir: RunDir, sink: WandbSink | None) -> None:
+        self.console = console
+        self.metrics = run_dir.metrics
+        self.sink = sink
+        self.saw_events = False
+        self._events = read_events(run_dir.events)
+        self._steps: list[StepRecord] = []
+        self._offset = 0
+        self._ettr: float | None = None
+        self._ettr_due_s = 0.0
+        self._recent: list[StepRecord] = []
+
+    def open(self) -> None:
+        """Read what earlier attempts logged, and begin telemetry."""
+        lines = tail_steps(self.metrics, 0)
+        self._steps, self._offset = lines.records, lines.offset
+        if self.sink is not None:
+            self.sink.open()
+
+    def close(self) -> None:
+        """End telemetry."""
+        if self.sink is not None:
+            self.sink.close()
+
+    def on_event(self, event: events.AnyEvent) -> None:
+        """Print what a person wants to know of an event."""
+        self.saw_events = True
+        self._events.append(event)
+        line = describe(event)
+        if line:
+            self.on_tick()
+            self.console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {line}", highlight=False)
+
+    def on_tick(self) -> None:
+        """Print the steps that were logged since the last call."""
+        lines = tail_steps(self.metrics, self._offset)
+        self._offset = lines.offset
+        self._steps.extend(lines.records)
+        for record in lines.records:
+            self._recent = [*self._recent[-19:], record]
+            line = format_step_line(record, self.ettr, eta_s(self._recent, self.ettr))
+            self.console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {escape(line)}", highlight=False)
+        if self.sink is not None and lines.records:
+            self.sink.log(lines.records, self.ettr)
+
+    @property
+    def ettr(self) -> float | None:
+        """ETTR so far; worked out anew only as often as it stays cheap in a long run."""
+        now = time.monotonic()
+        if now >= self._ettr_due_s:
+            self._ettr = account(self._events, self._steps, time.time()).ettr
+            cost_s = time.monotonic() - now
+            self._ettr_due_s = now + max(_ETTR_EVERY_S, cost_s / _ETTR_COST_SHARE)
+        return self._ettr
+
+
+def describe(event: events.AnyEvent) -> str:
+    """One line of markup for an event, or nothing."""
+    match event:
+        case events.RunStarted(attempt=1):
+            return f"run [bold]{escape(event.run)}[/] begins: {event.target_steps} steps"
+        case events.RunStarted():
+            return f"run [bold]{escape(event.run)}[/] goes on (attempt {event.attempt})"
+        case events.SupervisorTookOver():
+            return "took over from a supervisor that is gone; training never stopped"
+        case events.NodeReady():
+            return f"{event.node} is ready"
+        case events.GenerationPlanned():
+            source = f"memory, step {event.ram_step}" if event.ram_step >= 0 else "the run directory"
+            return f"generation {event.generation} on {', '.join(event.nodes)}; state from {source}"
+        case events.VerdictGiven():
+            verdict = event.verdict
+            where = " ".join(filter(None, (verdict.node, f"rank {verdict.rank}" if verdict.rank >= 0 else "")))
+            evidence = f": {escape(verdict.evidence[0])}" if verdict.evidence else ""
+            return f"[bold red]{verdict.cause.value}[/] {where}{evidence}"
+        case events.ActionTaken():
+            return f"[bold yellow]{event.action}[/] {escape(event.reason)}"
+        case events.NodeEvicted():
+            return f"{event.node} is evicted"
+        case events.WorkersReported():
+            return _describe_fact(event)
+        case events.RunStopped():
+            return f"stopped: {escape(event.reason)}"
+        case _:
+            return ""
+
+
+def _describe_fact(event: events.WorkersReported) -> str:
+    fact = event.fact
+    match fact.kind:
+        case FactKind.LOADED:
+            return f"state of step {fact.step} loaded {escape(fact.detail)} in {fact.seconds:.2f} s"
+        case FactKind.SNAPSHOT_REJECTED:
+            return f"[bold red]snapshot of step {fact.step} rejected[/]: {escape(fact.detail)}"
+        case FactKind.SNAPSHOT_FAILED:
+            return f"[bold red]snapshot not saved[/]: {escape(fact.detail)}; training goes on"
+        case FactKind.UPDATE_SKIPPED:
+            return f"[bold yellow]update of step {fact.step} skipped[/]: {escape(fact.detail)}"
+        case _:
+            return ""

@@ -1,0 +1,216 @@
+"""Torch elastic under the supervisor's ranks: the one import site of torch in the agent.
+
+`AssignedRendezvous` is torch elastic's plug-in point: it waits until the supervisor's plan names this node.
+`NodeElasticAgent` is its LocalElasticAgent with two differences. A failed generation is killed at once and entirely,
+since the survivors wait in collectives that never end and the stock agent gives each 30 s to be polite. And nothing is
+decided here: every failure is reported, and the supervisor alone says what happens next.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousGracefulExitError, RendezvousHandler
+from torch.distributed.elastic.rendezvous.api import RendezvousInfo, RendezvousStoreInfo
+
+from cluster.messages import Plan
+
+_STORE_TIMEOUT = timedelta(seconds=60)
+_RESTARTS_WITHOUT_END = 1 << 30
+
+
+class Planner(Protocol):
+    """What the rendezvous needs of the agent."""
+
+    def await_plan(self, store_port: int) -> Plan | None:
+        """Report readiness and block until a plan names this node; None when the node shall leave."""
+
+    def wants_restart(self) -> bool:
+        """Whether the supervisor asked for a newer generation than the one that runs."""
+
+
+class WorkerDeath(msgspec.Struct, frozen=True):
+    """How one local worker ended."""
+
+    local_rank: int
+    exit_code: int | None
+    signal_number: int | None
+
+
+class AssignedRendezvous(RendezvousHandler):
+    """Ranks come from the supervisor; every generation meets in a fresh store."""
+
+    def __init__(self, node: str, host: str, planner: Planner) -> None:
+        self.node = node
+        self.host = host
+        self.planner = planner
+        self.plan: Plan | None = None
+        self._server: TCPStore | None = None
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Workers use the store that the first node's agent hosts."""
+        return True
+
+    def get_backend(self) -> str:
+        """Name for torch elastic's logs."""
+        return "everstep"
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Host a fresh store, wait for the plan, and join the store that the plan names."""
+        self._server = TCPStore(self.host, 0, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+        self.plan = self.planner.await_plan(self._server.port)
+        if self.plan is None:
+            raise RendezvousGracefulExitError("the supervisor let this node go")
+        rank = self.plan.nodes.index(self.node)
+        store = (
+            self._server
+            if rank == 0
+            else TCPStore(self.plan.store_host, self.plan.store_port, is_master=False, timeout=_STORE_TIMEOUT)
+        )
+        return RendezvousInfo(
+            PrefixStore("agents", store),
+            rank,
+            len(self.plan.nodes),
+            RendezvousStoreInfo(self.plan.store_host, self.plan.store_port),
+        )
+
+    def is_closed(self) -> bool:
+        """Never: the agent ends when the supervisor says so."""
+        return False
+
+    def set_closed(self) -> None:
+        """Nothing to close."""
+
+    def num_nodes_waiting(self) -> int:
+        """Positive makes the agent stop its workers and come back to `next_rendezvous`."""
+        return int(self.planner.wants_restart())
+
+    def get_run_id(self) -> str:
+        """The generation; reaches workers as TORCHELASTIC_RUN_ID."""
+        return str(self.plan.generation if self.plan else 0)
+
+    def shutdown(self) -> bool:
+        """Let go of the store."""
+        self._server = None
+        return True
+
+
+class _OwnLogs(LogsSpecs):
+    """Workers redirect their own output, appending over restarts; elastic needs only a place for its error files."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """No redirection; one error file a worker."""
+        nothing = dict.fromkeys(envs, "")
+        errors = {local_rank: str(self.folder / f"elastic-error-{local_rank}.json") for local_rank in envs}
+        for local_rank, env in envs.items():
+            env["TORCHELASTIC_ERROR_FILE"] = errors[local_rank]
+        return LogsDest(stdouts=nothing, stderrs=nothing, tee_stdouts={}, tee_stderrs={}, error_files=errors)
+
+    @property
+    def root_log_dir(self) -> str:
+        """Folder of the error files."""
+        return str(self.folder)
+
+
+class NodeElasticAgent(LocalElasticAgent):
+    """Starts and stops the workers of this node; see the module's docstring for what it changes."""
+
+    def __init__(
+        self,
+        rendezvous: AssignedRendezvous,
+        entrypoint: Callable[[str], None],
+        local_world_size: int,
+        scratch: Path,
+        worker_argument: Callable[[Plan], str],
+        on_deaths: Callable[[Sequence[WorkerDeath]], None],
+        monitor_interval_s: float,
+    ) -> None:
+        spec = WorkerSpec(
+            role="trainer",
+            local_world_size=local_world_size,
+            entrypoint=entrypoint,
+            rdzv_handler=rendezvous,
+            max_restarts=_RESTARTS_WITHOUT_END,
+            monitor_interval=monitor_interval_s,
+        )
+        super().__init__(spec, logs_specs=_OwnLogs(scratch), start_method="forkserver", exit_barrier_timeout=0)
+        self._rendezvous_handler = rendezvous
+        self._worker_argument = worker_argument
+        self._on_deaths = on_deaths
+        self.started = threading.Event()
+
+    def worker_pids(self) -> dict[int, int]:
+        """Process ids by local rank; empty while no worker runs."""
+        return dict(self._pcontext.pids()) if self._pcontext is not None else {}
+
+    def signal_workers(self, number: signal.Signals) -> None:
+        """Send a signal to every worker that is alive."""
+        for process in self._processes():
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, number)
+
+    def _processes(self) -> Sequence[multiprocessing.process.BaseProcess]:
+        started = getattr(self._pcontext, "_pc", None)
+        return started.processes if started is not None else ()
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
+        plan = self._rendezvous_handler.plan
+        assert plan is not None
+        worker_group.spec.args = (self._worker_argument(plan),)
+        pids = super()._start_workers(worker_group)
+        self.started.set()
+        return pids
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown(signal.SIGKILL)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 10) -> None:
+        super()._shutdown(signal.SIGKILL, timeout)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        deaths = [
+            WorkerDeath(i, code if code > 0 else None, -code if code < 0 else None)
+            for i, process in enumerate(self._processes())
+            if (code := process.exitcode)
+        ]
+        if not deaths:
+            return super()._monitor_workers(worker_group)
+        self._on_deaths(deaths)
+        self._stop_workers(worker_group)
+        return RunResult(state=WorkerState.FAILED)
+
+    def _exit_barrier(self) -> None:
+        """The supervisor knows when all nodes are done; a barrier would only tie them to a store that may be gone."""
+
+
+def warm_forkserver(preload: Sequence[str]) -> None:
+    """Start the fork server, load `preload` in it, and wait until it has forked a child that ended well.
+
+    Raises:
+        RuntimeError: if the child failed, which means that a module of the trainer cannot be imported here.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    probe = context.Process(target=time.monotonic)
+    probe.start()
+    probe.join()
+    if probe.exitcode != 0:
+        raise RuntimeError(f"the fork server's first child ended with {probe.exitcode}; its output says why")

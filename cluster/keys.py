@@ -1,0 +1,53 @@
+"""The job's keys: one CURVE key pair for the supervisor and one for its agents, made once a run, 0600."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from cluster.rundir import write_atomically
+
+
+class KeyPair(msgspec.Struct, frozen=True):
+    """A CURVE key pair in Z85."""
+
+    public: str
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"KeyPair(public={self.public!r}, secret=<hidden>)"
+
+
+class JobKeys(msgspec.Struct, frozen=True):
+    """Who may speak: the supervisor proves itself with `server`, every agent of the job with `client`."""
+
+    server: KeyPair
+    client: KeyPair
+
+
+def make_or_read_keys(path: Path) -> JobKeys:
+    """The run's keys; made on the first call."""
+    if path.exists():
+        return read_keys(path)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    keys = JobKeys(server=_new_pair(), client=_new_pair())
+    write_atomically(path, msgspec.json.encode(keys), mode=0o600)
+    return keys
+
+
+def read_keys(path: Path) -> JobKeys:
+    """Read the keys.
+
+    Raises:
+        ValueError: if the file is damaged or others may read it.
+    """
+    if path.stat().st_mode & 0o077:
+        raise ValueError(f"{path} holds the job's keys and others may read it; run: chmod 600 {path}")
+    return msgspec.json.decode(path.read_bytes(), type=JobKeys)
+
+
+def _new_pair() -> KeyPair:
+    public, secret = zmq.curve_keypair()
+    return KeyPair(public=public.decode(), secret=secret.decode())

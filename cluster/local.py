@@ -1,0 +1,100 @@
+"""The local scheduler: every node is an agent process in a session of its own on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+
+from cluster.rundir import RunDir, safe_name
+
+_KILL_TIMEOUT_S = 10.0
+_POLL_S = 0.01
+
+
+class LocalScheduler:
+    """See `cluster.scheduler.Scheduler`. A handle is `pid:start time`, so that a recycled pid is never mistaken."""
+
+    def __init__(self, run_dir: RunDir, ram_dir: str) -> None:
+        self.run_dir = run_dir
+        self.ram_root = run_dir.ram_root(ram_dir)
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, node: str) -> str:
+        """Start `cluster.agent_main` detached, its output in `logs/<node>/agent.log`."""
+        logs = self.run_dir.logs(safe_name(node, "node"))
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / "agent.log").open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "cluster.agent_main", str(self.run_dir.path), node],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+            )
+        self._children[child.pid] = child
+        return f"{child.pid}:{psutil.Process(child.pid).create_time():.2f}"
+
+    def alive(self, handle: str) -> bool:
+        """Whether the agent's process exists and is no zombie."""
+        process = self._find(handle)
+        return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+    def kill(self, node: str, handle: str) -> None:
+        """SIGKILL the whole session, wait until it is gone, and free the node's shared memory."""
+        session = int(handle.split(":")[0])
+        # The kernel keeps a session's id from being reused while it has members; a new process under the agent's
+        # pid therefore means that nobody of ours is left.
+        if self._find(handle) is not None or not psutil.pid_exists(session):
+            self._kill_session(session)
+        child = self._children.pop(session, None)
+        if child is not None:
+            child.wait()
+        shutil.rmtree(self.ram_root / safe_name(node, "node"), ignore_errors=True)
+
+    def reap(self) -> None:
+        """Collect children that ended, so that they do not stay as zombies."""
+        for child in self._children.values():
+            child.poll()
+
+    def close(self) -> None:
+        """Free the run's folder in shared memory."""
+        shutil.rmtree(self.ram_root, ignore_errors=True)
+
+    def last_words(self, node: str) -> tuple[str, ...]:
+        """Last lines of the agent's log."""
+        log = self.run_dir.logs(node) / "agent.log"
+        return tuple(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ()
+
+    def _kill_session(self, session: int) -> None:
+        deadline = time.monotonic() + _KILL_TIMEOUT_S
+        while members := [p for p in self._members(session) if p.status() != psutil.STATUS_ZOMBIE]:
+            for process in members:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
+            psutil.wait_procs(members, timeout=_POLL_S)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"processes {[p.pid for p in members]} survive SIGKILL: the kernel holds them")
+
+    def _members(self, session: int) -> Iterator[psutil.Process]:
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+                if os.getsid(process.pid) == session:
+                    yield process
+
+    @staticmethod
+    def _find(handle: str) -> psutil.Process | None:
+        pid, started = handle.split(":")
+        try:
+            process = psutil.Process(int(pid))
+        except psutil.NoSuchProcess:
+            return None
+        return process if abs(process.create_time() - float(started)) < 1.0 else None

@@ -1,0 +1,154 @@
+"""What agents and the supervisor say to each other.
+
+The protocol is level-triggered: an agent reports its whole state, at every heartbeat and at once when it changes; the
+supervisor answers with the whole of what it wants. A lost message, a restarted supervisor or a repeated report
+therefore need no special case: the next pair of messages says everything again.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TypeVar
+
+import msgspec
+
+from trainer.events import Beat, Fact, WorkerError
+
+
+class AgentStatus(enum.StrEnum):
+    """What an agent is doing."""
+
+    READY = "ready"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class RankBeat(msgspec.Struct, frozen=True):
+    """The newest heartbeat of one rank and its process' state letter in /proc (R, S, D, T, Z)."""
+
+    rank: int
+    pid: int
+    process_state: str
+    beat: Beat | None
+
+
+class RamShardInfo(msgspec.Struct, frozen=True):
+    """A verified snapshot of one rank in the node's shared memory."""
+
+    rank: int
+    world_size: int
+    step: int
+    generation: int
+    layout_digest: str
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """The node could start workers now: where its fresh store listens, and what its RAM tier holds.
+
+    ready_for: the generation this was said for; an older answer is stale.
+    """
+
+    ready_for: int
+    store_host: str
+    store_port: int
+    ram: tuple[RamShardInfo, ...]
+
+
+class WorkerExit(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker ended badly. exit_code is None when a signal ended it."""
+
+    rank: int
+    generation: int
+    exit_code: int | None
+    signal_number: int | None
+    error: WorkerError | None
+    log_tail: tuple[str, ...]
+    oom_kill: bool
+    t_wall_s: float
+
+
+class NumberedFact(msgspec.Struct, frozen=True):
+    """A fact and its number in the agent's life: repeated until acknowledged, journalled once."""
+
+    number: int
+    fact: Fact
+
+
+class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
+    """An agent's whole state. generation: the one its workers last ran in (0: none yet)."""
+
+    node: str
+    host: str
+    pid: int
+    seq: int
+    status: AgentStatus
+    generation: int
+    finished_step: int
+    readiness: Readiness | None
+    beats: tuple[RankBeat, ...]
+    exits: tuple[WorkerExit, ...]
+    facts: tuple[NumberedFact, ...]
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """Who is which rank in a generation: node i of nodes holds ranks i*ranks_per_node and up."""
+
+    generation: int
+    nodes: tuple[str, ...]
+    ranks_per_node: int
+    store_host: str
+    store_port: int
+    ram_step: int
+
+
+class Wish(enum.StrEnum):
+    """What the supervisor wants of an agent beside the plan."""
+
+    RUN = "run"
+    SAVE_AND_LEAVE = "save_and_leave"
+    SHUT_DOWN = "shut_down"
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order"):
+    """The whole of what the supervisor wants. An agent with an older generation stops its workers."""
+
+    ack_seq: int
+    wish: Wish
+    target_generation: int
+    plan: Plan | None
+
+
+Message = AgentReport | Order
+MAX_MESSAGE_BYTES = 4 << 20
+
+_T = TypeVar("_T")
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """One message as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode_report(data: bytes) -> AgentReport:
+    """Decode what an agent sent.
+
+    Raises:
+        ValueError: if it is not a well-formed report (msgspec's errors are ValueErrors).
+    """
+    return _decode(data, AgentReport)
+
+
+def decode_order(data: bytes) -> Order:
+    """Decode what the supervisor sent.
+
+    Raises:
+        ValueError: if it is not a well-formed order.
+    """
+    return _decode(data, Order)
+
+
+def _decode(data: bytes, kind: type[_T]) -> _T:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    return msgspec.msgpack.decode(data, type=kind)

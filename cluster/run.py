@@ -1,0 +1,163 @@
+"""`everstep run`: begin a run, go on with one that stopped, or take over from a supervisor that died."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from cluster import events
+from cluster.journal import Journal, read_events
+from cluster.keys import make_or_read_keys
+from cluster.local import LocalScheduler
+from cluster.messages import Plan
+from cluster.rundir import Endpoint, RunDir, write_atomically
+from cluster.scheduler import Scheduler
+from cluster.state import JobState, NodeStatus, replay
+from cluster.supervisor import Supervisor, Watcher
+from cluster.wire import SupervisorSocket
+from configs.load import ConfigError, Problem, describe_changes, load_job, resolve_toml
+from configs.schema import JobConfig
+from trainer.exits import ExitCode
+
+
+def run_job(config: JobConfig, watcher: Watcher, newest_snapshot: Callable[[Path], int]) -> ExitCode:
+    """Run the job in this process until it is done or must stop.
+
+    newest_snapshot: step of the newest snapshot below a run directory that verifies, -1 if there is none.
+
+    Raises:
+        ConfigError: if the run exists and the configuration would make it another run.
+        RunInUseError: if another supervisor has it.
+    """
+    run_dir = RunDir.of(config)
+    run_dir.create()
+    lock = run_dir.lock()
+    try:
+        watcher.open()
+        return _run_locked(config, run_dir, watcher, newest_snapshot)
+    finally:
+        os.close(lock)
+
+
+def _run_locked(
+    config: JobConfig, run_dir: RunDir, watcher: Watcher, newest_snapshot: Callable[[Path], int]
+) -> ExitCode:
+    state = replay(read_events(run_dir.events))
+    scheduler = LocalScheduler(run_dir, config.checkpoint.ram_dir)
+    alive = {
+        name: node.handle
+        for name, node in state.nodes.items()
+        if node.status is not NodeStatus.EVICTED and node.handle and scheduler.alive(node.handle)
+    }
+    taking_over = bool(alive) and state.exit_code is None
+    _accept_config(config, run_dir, taking_over)
+    for node, handle in {} if taking_over else alive.items():
+        scheduler.kill(node, handle)
+    if not taking_over:
+        scheduler.close()
+        if newest_snapshot(run_dir.path) >= config.training.steps:
+            return ExitCode.DONE
+    with _journal(run_dir) as journal, _listening(run_dir) as socket:
+        supervisor = Supervisor(
+            config, run_dir, scheduler, socket, journal, state, alive if taking_over else {}, watcher
+        )
+        if taking_over:
+            supervisor.emit(events.SupervisorTookOver, supervisor_pid=os.getpid())
+            _adopt(supervisor, state, run_dir)
+        else:
+            supervisor.emit(
+                events.RunStarted,
+                run=config.run.name,
+                attempt=state.attempt + 1,
+                supervisor_pid=os.getpid(),
+                target_steps=config.training.steps,
+            )
+            _start_agents(supervisor, config, scheduler)
+        with _signals(supervisor):
+            code = supervisor.run()
+        scheduler.close()
+        return code
+
+
+def _accept_config(config: JobConfig, run_dir: RunDir, taking_over: bool) -> None:
+    """Keep the run what it was: refuse changes that would make it another run, and write the others down."""
+    text = resolve_toml(config)
+    if run_dir.config.exists():
+        changes = describe_changes(load_job(run_dir.config), config)
+        refused = [change for change in changes if not change.allowed]
+        if refused:
+            raise ConfigError(
+                [Problem(c.key, c.new, f"run {config.run.name!r} has {c.old!r}: {c.why}") for c in refused]
+            )
+        if changes and taking_over:
+            raise ConfigError(
+                [
+                    Problem(c.key, c.new, f"the run is under way with {c.old!r}; stop it first (Ctrl-C, SIGTERM)")
+                    for c in changes
+                ]
+            )
+    write_atomically(run_dir.config, text.encode())
+
+
+def _start_agents(supervisor: Supervisor, config: JobConfig, scheduler: Scheduler) -> None:
+    evicted = supervisor.state.evicted
+    wanted = config.cluster.nodes + config.cluster.spares
+    names = [name for i in range(wanted + len(evicted)) if (name := f"node{i}") not in evicted][:wanted]
+    for name in names:
+        supervisor.handles[name] = scheduler.start(name)
+        supervisor.emit(events.AgentStarted, node=name, handle=supervisor.handles[name])
+
+
+def _adopt(supervisor: Supervisor, state: JobState, run_dir: RunDir) -> None:
+    """Take up the newest planned generation; without one the agents are still waiting for their first."""
+    plans = [event for event in read_events(run_dir.events) if isinstance(event, events.GenerationPlanned)]
+    if not state.generation or not plans or not state.order:
+        return
+    last = plans[-1]
+    supervisor.adopt(
+        Plan(
+            generation=last.generation,
+            nodes=last.nodes,
+            ranks_per_node=last.ranks_per_node,
+            store_host=last.store_host,
+            store_port=last.store_port,
+            ram_step=last.ram_step,
+        )
+    )
+
+
+@contextlib.contextmanager
+def _journal(run_dir: RunDir) -> Iterator[Journal]:
+    journal = Journal(run_dir.events)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+@contextlib.contextmanager
+def _listening(run_dir: RunDir) -> Iterator[SupervisorSocket]:
+    socket = SupervisorSocket(make_or_read_keys(run_dir.keys))
+    port = socket.bind()
+    run_dir.write_endpoint(Endpoint(host=socket.host, port=port, pid=os.getpid()))
+    try:
+        yield socket
+    finally:
+        socket.close()
+        run_dir.endpoint.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _signals(supervisor: Supervisor) -> Iterator[None]:
+    before: Mapping[signal.Signals, object] = {
+        number: signal.signal(number, lambda n, _frame: supervisor.interrupt(n))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]

@@ -1,0 +1,420 @@
+"""The supervisor: hands out ranks, notices, decides, and brings the job back.
+
+Everything it decides is in the journal before it takes effect; a supervisor that was killed is replaced by one that
+reads the journal and waits for the agents to speak again. Judging is done by `health`, deciding by `cluster.policy`,
+both pure; this file moves facts to them and their answers back.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cluster import events
+from cluster.fleet import AgentView, all_finished, common_ram_step, first_members, ready_members
+from cluster.incidents import write_incident
+from cluster.journal import Journal
+from cluster.messages import AgentReport, AgentStatus, Order, Plan, Wish
+from cluster.policy import Nothing, Replace, Restart, Stop, decide
+from cluster.rundir import RunDir
+from cluster.scheduler import Scheduler
+from cluster.state import JobState, apply
+from cluster.wire import SupervisorSocket
+from configs.schema import JobConfig
+from health.crash import first_cause, judge_exit
+from health.verdict import Cause, Severity, Verdict
+from health.watchdog import Attention, Progress, lost_nodes
+from trainer.exits import ExitCode
+
+_TICK_S = 0.05
+
+
+@dataclass
+class Incident:
+    """Verdicts that arrived together, not yet acted on."""
+
+    opened_at_s: float
+    failed_wall_s: float
+    verdicts: list[Verdict] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+class Watcher(Protocol):
+    """Who is told what happens: the console, telemetry. Both calls must be quick."""
+
+    def open(self) -> None:
+        """This process has the run now."""
+
+    def on_event(self, event: events.AnyEvent) -> None:
+        """An event was written to the journal."""
+
+    def on_tick(self) -> None:
+        """Called many times a second."""
+
+
+class Supervisor:
+    """One job's supervisor. Constructed with everything it talks to; `run` does the work."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        run_dir: RunDir,
+        scheduler: Scheduler,
+        socket: SupervisorSocket,
+        journal: Journal,
+        state: JobState,
+        handles: Mapping[str, str],
+        watcher: Watcher,
+    ) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.scheduler = scheduler
+        self.socket = socket
+        self.journal = journal
+        self.state = state
+        self.handles = dict(handles)
+        self.watcher = watcher
+        self.views: dict[str, AgentView] = {}
+        self.expected_since: dict[str, float] = {}
+        self.members: tuple[str, ...] = ()
+        self.target_generation = state.generation
+        self.plan: Plan | None = None
+        self.reason = "start"
+        self.gathering_since_s = 0.0
+        self.progress = Progress(0, {}, config.health, time.monotonic())
+        self.attention = Attention(time.monotonic(), config.health.heartbeat_timeout_s / 2)
+        self.incident: Incident | None = None
+        self.facts_seen: dict[tuple[str, int], int] = {}
+        self.seen_exits: set[tuple[str, int, int]] = set()
+        self.wish = Wish.RUN
+        self.exit_code: ExitCode | None = None
+        self.stop_reason = ""
+        self.leave_by_s = float("inf")
+        self.interrupts = 0
+
+    # The loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> ExitCode:
+        """Supervise until the job is done, is asked to leave, or must stop."""
+        now = time.monotonic()
+        for node in self.handles:
+            self.expected_since.setdefault(node, now)
+        while self.exit_code is None:
+            for report in self.socket.receive(_TICK_S):
+                self.take(report)
+            now = time.monotonic()
+            self.watch(now)
+            self.act(now)
+            self.try_plan()
+            self.try_finish(now)
+            self.watcher.on_tick()
+        self.shut_down()
+        return self.exit_code
+
+    def adopt(self, plan: Plan) -> None:
+        """Go on with a generation that a dead supervisor planned."""
+        self.members = plan.nodes
+        self.target_generation = plan.generation
+        self._follow(plan)
+
+    def interrupt(self, number: int) -> None:
+        """Signal handler: the first asks the job to save and leave, the second does not wait for it."""
+        self.interrupts += 1
+        self.stop_reason = f"{signal.Signals(number).name}: the same command goes on from here"
+
+    # Reports in, orders out ---------------------------------------------------------------------------------------
+
+    def take(self, report: AgentReport) -> None:
+        """Fold one agent's report into what is known, and answer it."""
+        if report.node not in self.handles:
+            return
+        known = self.views.get(report.node)
+        self.views[report.node] = AgentView(report, time.monotonic())
+        if report.readiness is not None and (known is None or known.report.readiness is None) and not report.generation:
+            self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid)
+        for numbered in report.facts:
+            if numbered.number > self.facts_seen.get((report.node, report.pid), 0):
+                self.facts_seen[report.node, report.pid] = numbered.number
+                self.emit(events.WorkersReported, fact=numbered.fact)
+        if self.plan is not None and report.node in self.members and report.generation == self.plan.generation:
+            self._take_exits(report)
+            self.progress.feed(time.monotonic(), report.node, report.beats)
+            if report.status is AgentStatus.FINISHED and (known is None or known.report.status != report.status):
+                self.emit(
+                    events.NodeFinished, node=report.node, generation=report.generation, step=report.finished_step
+                )
+        self.send_order(report.node)
+
+    def _take_exits(self, report: AgentReport) -> None:
+        for death in report.exits:
+            key = (report.node, death.rank, death.generation)
+            if key in self.seen_exits or self.wish is not Wish.RUN:
+                continue
+            self.seen_exits.add(key)
+            verdict = judge_exit(
+                node=report.node,
+                rank=death.rank,
+                exit_code=death.exit_code,
+                signal_number=death.signal_number,
+                error=death.error,
+                log_tail=death.log_tail,
+                oom_kill=death.oom_kill,
+                step=death.error.step if death.error else self.progress.newest_step,
+            )
+            self.suspect(verdict, death.t_wall_s, {f"rank-{death.rank}.log": "\n".join(death.log_tail).encode()})
+
+    def send_order(self, node: str) -> None:
+        """Tell a node the whole of what is wanted of it."""
+        view = self.views.get(node)
+        gone = node in self.state.evicted
+        self.socket.send(
+            node,
+            Order(
+                ack_seq=view.report.seq if view else 0,
+                wish=Wish.SHUT_DOWN if gone else self.wish,
+                target_generation=self.target_generation,
+                plan=self.plan,
+            ),
+        )
+
+    def broadcast(self) -> None:
+        """Send everybody its order now, without waiting for the next report."""
+        for node in self.views:
+            self.send_order(node)
+
+    # Noticing -----------------------------------------------------------------------------------------------------
+
+    def suspect(self, verdict: Verdict, failed_wall_s: float, files: Mapping[str, bytes] | None = None) -> None:
+        """Add a verdict to the open incident."""
+        if self.incident is None:
+            self.incident = Incident(time.monotonic(), failed_wall_s)
+        self.incident.verdicts.append(verdict)
+        self.incident.failed_wall_s = min(self.incident.failed_wall_s, failed_wall_s)
+        self.incident.files.update(files or {})
+
+    def watch(self, now: float) -> None:
+        """Look for nodes that fell silent, agents that never came, and workers that make no progress."""
+        watching_since_s = self.attention.tick(now)
+        if self.wish is not Wish.RUN or (self.incident is not None and self._nodes_of_incident()):
+            return
+        for verdict in self._silent_nodes(now, watching_since_s):
+            if verdict.node in self.members or not self.members:
+                self.suspect(verdict, time.time() - (now - self._heard_at(verdict.node)))
+            else:
+                self._evict(verdict.node, f"spare: {verdict.evidence[0]}")
+        if self.plan is not None and self.incident is None:
+            hang = self.progress.judge(now)
+            if hang is not None:
+                self.suspect(hang, time.time() - (now - self.progress.last_advance_s))
+        elif self.members and now - self.gathering_since_s > self.config.health.startup_timeout_s:
+            missing = set(self.members) - set(ready_members(self.members, self.views, self.target_generation))
+            for node in sorted(missing):
+                self.suspect(self._startup_timeout(node), time.time())
+
+    def _silent_nodes(self, now: float, watching_since_s: float) -> Sequence[Verdict]:
+        present = {n: h for n, h in self.handles.items() if n not in self.state.evicted}
+        gone = [n for n, handle in present.items() if not self.scheduler.alive(handle)]
+        verdicts = [self._agent_gone(node) for node in gone]
+        heard = {n: self.views[n].heard_at_s for n in present if n in self.views and n not in gone}
+        step = self.progress.newest_step
+        return [*verdicts, *lost_nodes(now, heard, self.config.health, step, watching_since_s)]
+
+    def _agent_gone(self, node: str) -> Verdict:
+        words = self.scheduler.last_words(node) if node not in self.views else ()
+        return Verdict(
+            node=node,
+            rank=-1,
+            cause=Cause.NODE_LOST,
+            severity=Severity.NODE,
+            step=self.progress.newest_step,
+            fingerprint="node lost",
+            evidence=("the scheduler says that the node's agent is gone", *words),
+        )
+
+    def _startup_timeout(self, node: str) -> Verdict:
+        return Verdict(
+            node=node,
+            rank=-1,
+            cause=Cause.STARTUP_TIMEOUT,
+            severity=Severity.NODE,
+            step=self.progress.newest_step,
+            fingerprint="startup timeout",
+            evidence=(f"not ready after health.startup_timeout_s = {self.config.health.startup_timeout_s:g} s",),
+        )
+
+    def _heard_at(self, node: str) -> float:
+        view = self.views.get(node)
+        return view.heard_at_s if view else self.expected_since[node]
+
+    def _nodes_of_incident(self) -> bool:
+        assert self.incident is not None
+        return any(verdict.severity is Severity.NODE for verdict in self.incident.verdicts)
+
+    # Acting -------------------------------------------------------------------------------------------------------
+
+    def act(self, now: float) -> None:
+        """Judge the open incident once enough is known, and do what the policy says."""
+        if self.incident is None:
+            return
+        root = first_cause(self.incident.verdicts)
+        if root.cause is Cause.PEER_LOST and now - self.incident.opened_at_s < self._settle_s():
+            return
+        incident, self.incident = self.incident, None
+        number = self.state.next_incident
+        self.emit(
+            events.VerdictGiven,
+            generation=self.target_generation,
+            verdict=root,
+            t_failed_wall_s=incident.failed_wall_s,
+            incident=number,
+        )
+        action = decide(root, self.state, self.config)
+        write_incident(self.run_dir.path, number, root, incident.verdicts, incident.files)
+        self._do(action, root, number)
+
+    def _settle_s(self) -> float:
+        """A lost peer names no culprit: wait as long as it can take until a silent node is noticed."""
+        return self.config.health.heartbeat_timeout_s + 2 * self.config.health.heartbeat_interval_s
+
+    def _do(self, action: Restart | Replace | Stop | Nothing, root: Verdict, number: int) -> None:
+        match action:
+            case Restart(reason=reason):
+                self.emit(events.ActionTaken, incident=number, action="restart", reason=reason, node=root.node)
+                self.next_generation(self.members, reason)
+            case Replace(node=node, spare=spare, reason=reason):
+                self.emit(events.ActionTaken, incident=number, action="replace", reason=reason, node=node, spare=spare)
+                self._evict(node, reason)
+                self.next_generation(tuple(spare if m == node else m for m in self.members), reason)
+            case Stop(exit_code=code, reason=reason):
+                self.emit(events.ActionTaken, incident=number, action="stop", reason=reason, node=root.node)
+                self.exit_code, self.stop_reason = ExitCode(code), reason
+            case Nothing(reason=reason):
+                self.emit(events.ActionTaken, incident=number, action="nothing", reason=reason, node=root.node)
+                if root.severity is Severity.NODE and root.node in self.members:
+                    # Lost before it was given ranks: whoever else came up takes its place.
+                    self._evict(root.node, reason)
+                    self._choose_first_members()
+
+    def _evict(self, node: str, reason: str) -> None:
+        self.emit(events.NodeEvicted, node=node, reason=reason)
+        self.send_order(node)
+        self.scheduler.kill(node, self.handles[node])
+        self.views.pop(node, None)
+
+    # Generations --------------------------------------------------------------------------------------------------
+
+    def next_generation(self, members: Sequence[str], reason: str) -> None:
+        """Have everybody stop and report in for a new generation of workers."""
+        self.members = tuple(members)
+        self.target_generation += 1
+        self.plan = None
+        self.reason = reason
+        self.gathering_since_s = time.monotonic()
+        self.broadcast()
+
+    def try_plan(self) -> None:
+        """Hand out ranks when everybody who is needed is ready."""
+        if self.wish is not Wish.RUN or self.incident is not None or self.plan is not None:
+            return
+        if not self.members:
+            self._choose_first_members()
+            return
+        if len(ready_members(self.members, self.views, self.target_generation)) < len(self.members):
+            return
+        first = self.views[self.members[0]].report.readiness
+        assert first is not None
+        ranks_per_node = self.config.cluster.ranks_per_node
+        plan = Plan(
+            generation=self.target_generation,
+            nodes=self.members,
+            ranks_per_node=ranks_per_node,
+            store_host=first.store_host,
+            store_port=first.store_port,
+            ram_step=common_ram_step(self.members, self.views, ranks_per_node),
+        )
+        self.emit(
+            events.GenerationPlanned,
+            generation=plan.generation,
+            nodes=plan.nodes,
+            ranks_per_node=ranks_per_node,
+            store_host=plan.store_host,
+            store_port=plan.store_port,
+            ram_step=plan.ram_step,
+            reason=self.reason,
+        )
+        self._follow(plan)
+        self.broadcast()
+
+    def _follow(self, plan: Plan) -> None:
+        self.plan = plan
+        ranks = {rank: plan.nodes[rank // plan.ranks_per_node] for rank in range(self.config.world_size)}
+        self.progress = Progress(plan.generation, ranks, self.config.health, time.monotonic())
+
+    def _choose_first_members(self) -> None:
+        usable = [n for n in self.handles if n not in self.state.evicted]
+        if len(usable) < self.config.cluster.nodes:
+            self.exit_code = ExitCode.REQUEUE
+            self.stop_reason = (
+                f"only {len(usable)} of cluster.nodes = {self.config.cluster.nodes} nodes came up; "
+                f"logs/<node>/agent.log says why"
+            )
+            return
+        wanted = first_members(usable, self.config.cluster.nodes)
+        self.next_generation(wanted, self.reason)
+
+    # The end ------------------------------------------------------------------------------------------------------
+
+    def try_finish(self, now: float) -> None:
+        """See whether the job is done, or should leave."""
+        if self.exit_code is not None:
+            return
+        if self.plan is not None and all_finished(self.members, self.views, self.plan.generation):
+            last = max(self.views[n].report.finished_step for n in self.members)
+            done = last >= self.config.training.steps
+            self.exit_code = ExitCode.DONE if done else ExitCode.REQUEUE
+            self.stop_reason = (
+                "training is done" if done else self.stop_reason or "a worker was asked to leave by a signal"
+            )
+        elif self.interrupts and self.wish is Wish.RUN:
+            self.wish = Wish.SAVE_AND_LEAVE
+            self.leave_by_s = now + self.config.cluster.leave_timeout_s
+            self.broadcast()
+        if self.exit_code is None and self.wish is Wish.SAVE_AND_LEAVE and self._leave_now(now):
+            self.exit_code = ExitCode.REQUEUE
+
+    def _leave_now(self, now: float) -> bool:
+        failed = self.plan is not None and any(
+            self.views[n].report.exits for n in self.members if n in self.views and self._in_plan(n)
+        )
+        return self.interrupts > 1 or now >= self.leave_by_s or self.plan is None or failed
+
+    def _in_plan(self, node: str) -> bool:
+        return self.plan is not None and self.views[node].report.generation == self.plan.generation
+
+    def shut_down(self) -> None:
+        """Let all agents go, see that they went, and write the last line of the journal."""
+        assert self.exit_code is not None
+        self.wish = Wish.SHUT_DOWN
+        self.broadcast()
+        deadline = time.monotonic() + (0.0 if self.interrupts > 1 else 10.0)
+        while time.monotonic() < deadline and any(self.scheduler.alive(h) for h in self.handles.values()):
+            for report in self.socket.receive(_TICK_S):
+                self.take(report)
+        for node, handle in self.handles.items():
+            self.scheduler.kill(node, handle)
+        self.emit(
+            events.RunStopped,
+            exit_code=int(self.exit_code),
+            reason=self.stop_reason,
+            last_step=self.state.newest_step,
+        )
+
+    def emit(self, kind: type[events.Event], **fields: object) -> None:
+        """Write an event to the journal, and only then believe it."""
+        event = kind(t_wall_s=time.time(), t_mono_s=time.monotonic(), **fields)
+        self.journal.append(event)  # type: ignore[arg-type]
+        self.state = apply(self.state, event)  # type: ignore[arg-type]
+        self.watcher.on_event(event)  # type: ignore[arg-type]

@@ -1,0 +1,151 @@
+"""The step loop: read, compute, vote, update, snapshot."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallelism.schedule import learning_rate
+from trainer.build import Rank
+from trainer.events import FactKind, Phase, StepRecord, append_line
+from trainer.metrics import bf16_peak_tflops, host_memory_gib, utilisation_pct
+from trainer.paths import metrics_path
+
+_DRAIN_POLL_S = 0.005
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What all ranks agreed on. bad: some rank's loss or gradient is not finite. busy: some rank still persists."""
+
+    bad: bool
+    leave: bool
+    busy: bool
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What a finished step is worth telling. Seconds; the loss is this rank's share."""
+
+    loss: Tensor
+    grad_norm: float
+    lr: float
+    skipped: bool
+    data_s: float
+    stall_s: float
+
+
+def train(rank: Rank) -> None:
+    """Train to the last step, or until all ranks agree to leave; the last step's state is staged for the disk."""
+    heart, last = rank.context.heart, rank.config.training.steps
+    began_s = time.monotonic()
+    while rank.step < last:
+        stats, vote = run_step(rank, rank.step + 1)
+        rank.step += 1
+        rank.tokens_seen += rank.engine.global_tokens
+        snapshot(rank, vote, final=rank.step == last or vote.leave)
+        ended_s = time.monotonic()
+        heart.beat(Phase.SNAPSHOT, last_step_s=ended_s - began_s)
+        publish(rank, stats, ended_s - began_s)
+        began_s = ended_s
+        if vote.leave:
+            rank.context.note(FactKind.STOPPING, "asked to leave; state saved")
+            break
+    rank.snapshots.wait()
+
+
+def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
+    """One optimizer step. The weights change only if every rank's numbers are finite."""
+    heart, engine = rank.context.heart, rank.engine
+    heart.beat(Phase.DATA, step)
+    began_s = time.monotonic()
+    batch = rank.data.get(step)
+    data_s = time.monotonic() - began_s
+    if rank.ledger is not None:
+        rank.ledger.append(step, batch.first, batch.count, batch.digest)
+    heart.beat(Phase.FORWARD_BACKWARD)
+    engine.seed_step(step)
+    loss = engine.forward_backward(torch.from_numpy(batch.tokens))
+    grad_norm = engine.clip_grad_norm(rank.config.training.max_grad_norm)
+    # The weights may not change under a copy of them.
+    stall_s = rank.snapshots.wait()
+    heart.beat(Phase.VOTE)
+    vote = take_vote(rank, loss, grad_norm)
+    heart.beat(Phase.OPTIMIZER)
+    lr = learning_rate(rank.config.optimizer, rank.config.training.steps, step)
+    if vote.bad:
+        engine.discard_update()
+        if rank.context.rank == 0:
+            rank.context.note(FactKind.UPDATE_SKIPPED, f"not finite: gradient norm {float(grad_norm)}; samples from "
+                              f"{batch.first} on were read")  # fmt: skip
+    else:
+        engine.optimizer_step(lr)
+    return StepStats(loss, float(grad_norm), lr, vote.bad, data_s, stall_s), vote
+
+
+def take_vote(rank: Rank, loss: Tensor, grad_norm: Tensor) -> Vote:
+    """Agree on whether the update is sane, whether to leave, and whether the disk keeps up. One small collective."""
+    finite = bool(torch.isfinite(loss)) and bool(torch.isfinite(grad_norm))
+    mine = [not finite, rank.context.leave_requested, rank.snapshots.persist_busy]
+    ballot = torch.tensor(mine, dtype=torch.int32)
+    dist.all_reduce(ballot, op=dist.ReduceOp.MAX)
+    return Vote(*(bool(value) for value in ballot.tolist()))
+
+
+def snapshot(rank: Rank, vote: Vote, final: bool) -> None:
+    """Begin to copy the state to shared memory, if the step is due; the next step waits for the copy, not this one."""
+    policy, step = rank.config.checkpoint, rank.step
+    persist = final or (step % policy.persist_interval_steps == 0 and not vote.busy)
+    if persist or step % policy.ram_interval_steps == 0:
+        rank.context.heart.beat(Phase.SNAPSHOT)
+        while final and rank.snapshots.persist_busy:
+            time.sleep(_DRAIN_POLL_S)
+        rank.snapshots.stage(step, persist=persist, scalars={"tokens_seen": rank.tokens_seen})
+
+
+def publish(rank: Rank, stats: StepStats, step_s: float) -> None:
+    """Write the step's line of metrics, on the steps that are logged. Collective on those steps."""
+    step, config = rank.step, rank.config
+    if rank.context.rank == 0 and step == rank.first_step:
+        rank.context.note(FactKind.FIRST_STEP, seconds=time.monotonic() - rank.started_s)
+    if step % config.telemetry.log_interval_steps and step != config.training.steps:
+        return
+    loss_avg, loss_max = rank.engine.global_loss(stats.loss)
+    if rank.context.rank != 0:
+        return
+    tokens_per_s = rank.engine.global_tokens / step_s / config.world_size
+    tflops = tokens_per_s * rank.engine.flops_per_token / 1e12
+    memory_gib, memory_pct = _memory(rank.device)
+    peak = bf16_peak_tflops(torch.cuda.get_device_name(rank.device)) if rank.device.type == "cuda" else None
+    record = StepRecord(
+        step=step,
+        steps=config.training.steps,
+        generation=rank.context.start.generation,
+        t_wall_s=time.time(),
+        step_s=step_s,
+        data_s=stats.data_s,
+        stall_s=stats.stall_s,
+        loss_avg=loss_avg,
+        loss_max=loss_max,
+        grad_norm=stats.grad_norm,
+        lr=stats.lr,
+        tokens_seen=rank.tokens_seen,
+        tokens_per_sec_per_gpu=tokens_per_s,
+        tflops_per_gpu=tflops,
+        mfu_pct=utilisation_pct(tflops, peak),
+        memory_gib=memory_gib,
+        memory_pct=memory_pct,
+        skipped=stats.skipped,
+    )
+    append_line(metrics_path(rank.context.run_dir), record)
+
+
+def _memory(device: torch.device) -> tuple[float, float | None]:
+    if device.type != "cuda":
+        return host_memory_gib(), None
+    used = torch.cuda.max_memory_reserved(device)
+    return used / (1 << 30), 100.0 * used / torch.cuda.get_device_properties(device).total_memory

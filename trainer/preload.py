@@ -1,0 +1,4 @@
+"""Imported by the fork server before it forks ranks, so that a rank starts with everything loaded."""
+
+import trainer.build
+import trainer.loop  # noqa: F401
