@@ -25,7 +25,8 @@ _PEER_TYPES = frozenset({
     "BrokenPipeError",
 })  # fmt: skip
 _PEER = re.compile(
-    r"connection (was )?(closed|reset|refused)|closed by peer|broken pipe|socket (closed|timeout)|failed to recv"
+    r"connection (was )?(closed|reset|refused|abort)|closed by peer|broken pipe|socket (closed|timeout)"
+    r"|failed to (recv|send|connect)|connectFullMesh failed"
     r"|timed out waiting|wait timeout|application timeout caused pair closure|remote process exited"
     r"|nccl(remote|system)error|nccl communicator was aborted|watchdog caught collective operation timeout"
     r"|collective operation timeout",

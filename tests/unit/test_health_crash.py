@@ -1,0 +1,130 @@
+"""A worker's end is judged by its evidence, and an incident is charged to its root."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from health.crash import fingerprint, first_cause, judge_exit
+from health.verdict import Cause, Severity, Verdict
+from trainer.events import Phase, WorkerError
+
+GLOO = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:41234. "
+    "This may indicate a remote failure"
+)
+
+
+def error(type_: str, message: str, phase: Phase = Phase.FORWARD_BACKWARD, exit_code: int = 1) -> WorkerError:
+    return WorkerError(
+        rank=3, step=12, phase=phase, type=type_, message=message, traceback="Traceback ...", exit_code=exit_code
+    )
+
+
+def judged(
+    exit_code: int | None = 1,
+    signal_number: int | None = None,
+    why: WorkerError | None = None,
+    log: tuple[str, ...] = (),
+    oom_kill: bool = False,
+) -> Verdict:
+    return judge_exit("node1", 3, exit_code, signal_number, why, log, oom_kill, 11)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "cause", "severity"),
+    [
+        (judged(None, signal.SIGKILL), Cause.WORKER_KILLED, Severity.WORKERS),
+        (judged(-9), Cause.WORKER_KILLED, Severity.WORKERS),
+        (judged(None, signal.SIGTERM), Cause.WORKER_KILLED, Severity.WORKERS),
+        (judged(None, signal.SIGKILL, oom_kill=True), Cause.OUT_OF_MEMORY, Severity.WORKERS),
+        (
+            judged(None, signal.SIGKILL, log=("CUDA out of memory: retrying with a smaller batch",)),
+            Cause.WORKER_KILLED,
+            Severity.WORKERS,
+        ),
+        (judged(None, signal.SIGSEGV), Cause.WORKER_CRASH, Severity.WORKERS),
+        (judged(None, signal.SIGBUS), Cause.WORKER_CRASH, Severity.WORKERS),
+        (judged(None, signal.SIGABRT, log=("terminate called", GLOO)), Cause.PEER_LOST, Severity.WORKERS),
+        (judged(None, signal.SIGABRT, log=("what(): std::bad_alloc",)), Cause.OUT_OF_MEMORY, Severity.WORKERS),
+        (judged(why=error("torch.OutOfMemoryError", "CUDA out of memory.")), Cause.OUT_OF_MEMORY, Severity.WORKERS),
+        (judged(why=error("MemoryError", "")), Cause.OUT_OF_MEMORY, Severity.WORKERS),
+        (
+            judged(why=error("RuntimeError", "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")),
+            Cause.OUT_OF_MEMORY,
+            Severity.WORKERS,
+        ),
+        (judged(why=error("RuntimeError", GLOO)), Cause.PEER_LOST, Severity.WORKERS),
+        (judged(why=error("torch.distributed.DistNetworkError", "oops")), Cause.PEER_LOST, Severity.WORKERS),
+        (judged(why=error("RuntimeError", "Timed out waiting 5000ms for recv")), Cause.PEER_LOST, Severity.WORKERS),
+        (judged(why=error("RuntimeError", "Gloo connectFullMesh failed: ...")), Cause.PEER_LOST, Severity.WORKERS),
+        (judged(why=error("ConnectionResetError", "[Errno 104]")), Cause.PEER_LOST, Severity.WORKERS),
+        (judged(why=error("ValueError", "tp 3", Phase.BUILDING)), Cause.BAD_INPUT, Severity.JOB),
+        (judged(2, why=error("ConfigError", "no corpus", Phase.STARTING, 2)), Cause.BAD_INPUT, Severity.JOB),
+        (judged(2), Cause.BAD_INPUT, Severity.JOB),
+        (judged(why=error("ValueError", "bad value")), Cause.USER_ERROR, Severity.WORKERS),
+        (judged(why=error("IndexError", "index 5 is out of range")), Cause.USER_ERROR, Severity.WORKERS),
+        (judged(93, why=error("RuntimeError", "never again", exit_code=93)), Cause.USER_ERROR, Severity.JOB),
+        (judged(94, why=error("RuntimeError", "row remap failed", exit_code=94)), Cause.USER_ERROR, Severity.NODE),
+        (judged(94), Cause.WORKER_CRASH, Severity.NODE),
+        (judged(1), Cause.WORKER_CRASH, Severity.WORKERS),
+    ],
+)  # fmt: skip
+def test_the_cause_follows_from_the_evidence(verdict: Verdict, cause: Cause, severity: Severity) -> None:
+    assert (verdict.cause, verdict.severity) == (cause, severity)
+
+
+def test_leaving_when_asked_is_no_failure() -> None:
+    assert judged(75).severity is Severity.NOTICE
+    assert judged(0).severity is Severity.NOTICE
+
+
+def test_evidence_says_who_how_where_and_quotes_the_error() -> None:
+    verdict = judged(why=error("builtins.IndexError", "index 5 is out of range\nsecond line"))
+    assert verdict.evidence == (
+        "rank 3 on node1 ended with exit code 1 in step 12, phase forward_backward",
+        "IndexError: index 5 is out of range",
+    )
+    assert verdict.step == 12
+    silent = judged(None, signal.SIGSEGV, log=("a", "", "last words"))
+    assert silent.evidence[0] == "rank 3 on node1 ended by SIGSEGV in step 11"
+    assert silent.evidence[-1] == "log: last words"
+    assert silent.fingerprint == "SIGSEGV"
+
+
+@given(st.integers(0, 10**9), st.integers(0, 10**9), st.integers(0, 2**48), st.integers(0, 2**48))
+def test_the_same_error_elsewhere_has_the_same_fingerprint(rank: int, other: int, address: int, second: int) -> None:
+    """Ranks, sizes, addresses and paths differ between nodes; what remains is equal."""
+    text = "shape mismatch at row {} of /data/node{}/corpus.bin (object at 0x{:x})\nrank {}"
+    one = error("pkg.ShapeError", text.format(rank, rank, address, rank))
+    two = error("ShapeError", text.format(other, other, second, other))
+    assert fingerprint(one) == fingerprint(two)
+
+
+def test_different_errors_have_different_fingerprints() -> None:
+    marks = {
+        fingerprint(error("KeyError", "'loss'")),
+        fingerprint(error("KeyError", "'grad'")),
+        fingerprint(error("IndexError", "'loss'")),
+        fingerprint(error("RuntimeError", "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)")),
+        fingerprint(error("RuntimeError", "")),
+    }
+    assert len(marks) == 5
+
+
+def test_an_incident_is_charged_to_its_root_not_to_those_who_lost_a_peer() -> None:
+    """The peers of a killed worker often report first."""
+    peer = judged(why=error("RuntimeError", GLOO))
+    told = judged(None, signal.SIGTERM)
+    killed = judged(None, signal.SIGKILL)
+    crashed = judged(None, signal.SIGSEGV)
+    assert first_cause([peer, told, killed, crashed]) is killed
+    assert first_cause([peer, peer]) is peer
+    assert first_cause([judged(75), peer]) is peer
+    bad_node = judged(94)
+    assert first_cause([killed, bad_node]) is bad_node
+    with pytest.raises(ValueError, match="verdict"):
+        first_cause([])
