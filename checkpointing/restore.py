@@ -1,0 +1,120 @@
+"""Reading a candidate from the run directory into live tensors: plan, verify everything, only then copy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from checkpointing import disk
+from checkpointing.flatten import LocalTensor
+from checkpointing.layout import Manifest, Shard, SnapshotDamagedError, step_dir_name
+from checkpointing.reshard import NotCoveredError, Read, plan_reads
+
+
+class DiskCandidate:
+    """One committed snapshot, checked for this rank's needs. Built by `open_candidate`."""
+
+    def __init__(self, run_dir: Path, manifest: Manifest, reads: Sequence[Read], rank: int, world_size: int) -> None:
+        self.manifest = manifest
+        self._folder = disk.step_dir(run_dir, manifest.step)
+        self._reads = reads
+        self._own = rank if world_size == manifest.world_size else 0
+
+    @property
+    def scalars(self) -> dict[str, Any]:
+        """The caller's values: this rank's own if it was there, else rank 0's."""
+        return decode_values(self.manifest.shards[self._own].scalars)
+
+    def leaf(self, name: str) -> Any:
+        """A plain value of the state: this rank's own if it was there, else the first rank's that has it."""
+        shards = self.manifest.shards
+        holders = (shard.leaves[name] for shard in (shards[self._own], *shards) if name in shard.leaves)
+        return msgspec.json.decode(next(holders))
+
+    def copy_into(self, tensors: Sequence[LocalTensor]) -> None:
+        """Fill the live tensors. OSError if the file system fails after all: the state is then worthless."""
+        for index in sorted({read.shard for read in self._reads}):
+            shard = self.manifest.shards[index]
+            with _opened(self._folder / shard.file) as fd:
+                for read in self._reads:
+                    if read.shard == index:
+                        _copy_box(fd, shard, read, tensors[read.target])
+
+
+def open_candidate(
+    run_dir: Path, step: int, manifest_checksum: int, needed: Sequence[LocalTensor], leaf_names: frozenset[str],
+    rank: int, world_size: int,
+) -> DiskCandidate:  # fmt: skip
+    """Check a snapshot: its manifest (the very one that rank 0 saw), that it has everything, and every file needed.
+
+    SnapshotDamagedError, in one line that names the file, if it must not be loaded.
+    """
+    manifest = disk.read_manifest(run_dir, step)
+    if disk.manifest_checksum(run_dir, step) != manifest_checksum:
+        raise SnapshotDamagedError(f"{step_dir_name(step)}: rank 0 sees another manifest")
+    parts = [local.part for local in needed]
+    preferred = rank % manifest.world_size
+    try:
+        reads = plan_reads(parts, [shard.tensors for shard in manifest.shards], preferred)
+    except NotCoveredError as error:
+        raise SnapshotDamagedError(f"{step_dir_name(step)}: {error}") from error
+    known = set().union(*(shard.leaves for shard in manifest.shards))
+    if missing := sorted(leaf_names - known):
+        raise SnapshotDamagedError(f"{step_dir_name(step)}: has no value for {missing[0]}")
+    for index in sorted({read.shard for read in reads}):
+        if problem := disk.shard_problem(run_dir, step, manifest.shards[index]):
+            raise SnapshotDamagedError(problem)
+    return DiskCandidate(run_dir, manifest, reads, rank, world_size)
+
+
+def decode_values(values: dict[str, msgspec.Raw]) -> dict[str, Any]:
+    """JSON values by name, as Python values."""
+    return {name: msgspec.json.decode(value) for name, value in values.items()}
+
+
+def _copy_box(fd: int, shard: Shard, read: Read, local: LocalTensor) -> None:
+    """Read the rows of a stored slice that the box touches, and put the box where it belongs."""
+    part, box, target = read.part, read.box, local.tensor
+    if not part.sizes:
+        target.copy_(_read_rows(fd, shard.data_start_bytes + part.start_bytes, torch.empty_like(target, device="cpu")))
+        return
+    row_bytes = (part.end_bytes - part.start_bytes) // part.sizes[0]
+    first = box.offsets[0] - part.offsets[0]
+    start = shard.data_start_bytes + part.start_bytes + first * row_bytes
+    window = target
+    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        window = window.narrow(dim, offset - local.part.offsets[dim], size)
+    whole_rows = box.sizes[1:] == part.sizes[1:]
+    if whole_rows and window.is_contiguous() and window.device.type == "cpu":
+        _read_rows(fd, start, window)
+        return
+    rows = _read_rows(fd, start, torch.empty((box.sizes[0], *part.sizes[1:]), dtype=target.dtype))
+    for dim in range(1, len(box.sizes)):
+        rows = rows.narrow(dim, box.offsets[dim] - part.offsets[dim], box.sizes[dim])
+    window.copy_(rows)
+
+
+def _read_rows(fd: int, start_bytes: int, into: torch.Tensor) -> torch.Tensor:
+    buffer = into.view(-1).view(torch.uint8).numpy().data
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], start_bytes + done)
+        if count == 0:
+            raise OSError("a shard that had been verified ended early")
+        done += count
+    return into
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
