@@ -1,0 +1,168 @@
+"""One rank of the training job: forward, backward and update of a model that is spread over a mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
+
+from configs.schema import JobConfig
+from parallelism import titan
+from parallelism.gradients import clip_by_global_norm
+from parallelism.initialise import derive_seed, materialise
+from parallelism.mesh import MeshCoords, World, coords_of, loss_ranks
+from parallelism.optimizer import ShardedAdamW, build_adamw
+from parallelism.state import build_states
+
+
+class Engine:
+    """A model and its optimizer on this rank. Built by `build_engine`; every rank calls every method in step.
+
+    coords: where this rank stands. n_params and flops_per_token are those of the whole model.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: JobConfig,
+        device: torch.device,
+        coords: MeshCoords,
+        plan: titan.Blueprint,
+        pipeline: titan.Pipeline,
+        optimizer: ShardedAdamW,
+        states: dict[str, Stateful],
+        counters: list[Tensor],
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.coords = coords
+        self.parts: list[nn.Module] = pipeline.parts
+        self.schedule = pipeline.schedule
+        self.has_first_stage = pipeline.has_first_stage
+        self.is_loss_rank = pipeline.has_last_stage
+        self.optimizer = optimizer
+        self.states = states
+        self.expert_counters = counters
+        self.needs_masks = plan.needs_masks
+        self.n_params = plan.n_params
+        self.flops_per_token = plan.flops_per_token
+        self.dp_rank = coords.dp_rank
+        self.dp_degree = coords.dp_degree
+        self.reads_data = True
+        self.global_tokens = config.training.global_batch_size * config.training.seq_len
+
+    def forward_backward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Accumulate the gradients of this dp rank's share of the step.
+
+        Args:
+            tokens: [B_local, S + 1] int64, where B_local is global_batch_size / dp_degree; every stage gets them.
+            positions: [B_local, S] int64, restarting at 0 with each document; used with FlexAttention to keep
+                documents apart. Without them a sequence is one document.
+
+        Returns:
+            The sum of the token losses divided by the step's number of tokens over all ranks, a detached scalar;
+            zero on a rank without the last stage.
+        """
+        tokens = tokens.to(self.device)
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        if positions is not None:
+            positions = positions.to(self.device)
+        if self.schedule is not None:
+            return self._run_schedule(inputs, labels, positions)
+        size = self.config.training.microbatch_size
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for start in range(0, len(inputs), size):
+            chunk = slice(start, start + size)
+            extra = self._model_inputs(inputs[chunk], None if positions is None else positions[chunk])
+            logits = self.parts[0](inputs[chunk], **extra)
+            loss = titan.token_loss_sum(logits, labels[chunk]) / self.global_tokens
+            del logits
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _run_schedule(self, inputs: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
+        losses: list[Tensor] = []
+        self.schedule.step(
+            *((inputs,) if self.has_first_stage else ()),
+            target=labels if self.is_loss_rank else None,
+            losses=losses if self.is_loss_rank else None,
+            return_outputs=False,
+            **self._model_inputs(inputs, positions),
+        )
+        if not self.is_loss_rank:
+            return torch.zeros((), dtype=torch.float32, device=self.device)
+        return torch.stack([loss.detach().to(self.device) for loss in losses]).sum()
+
+    def _model_inputs(self, inputs: Tensor, positions: Tensor | None) -> dict[str, Any]:
+        if not self.needs_masks:
+            return {}
+        if positions is None:
+            positions = torch.arange(inputs.shape[1], device=self.device).expand(inputs.shape[0], -1).contiguous()
+        return {"positions": positions, "attention_masks": titan.attention_masks(self.parts[0], positions)}
+
+    def global_loss(self, local: Tensor) -> tuple[float, float]:
+        """Mean loss over all tokens of the step, and the largest mean of a dp rank; equal on every rank."""
+        gathered = torch.empty(dist.get_world_size(), dtype=torch.float32, device=self.device)
+        dist.all_gather(list(gathered.split(1)), local.reshape(1))
+        shares = gathered[loss_ranks(self.config.parallelism)].double()
+        average, largest = torch.stack([shares.sum(), shares.max() * self.dp_degree]).tolist()
+        return average, largest
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Scale gradients down to a global norm of max_norm; returns the norm before, equal on every rank."""
+        return clip_by_global_norm(self.parts, dist.get_world_size() // self.config.parallelism.pp, max_norm)
+
+    def optimizer_step(self, lr: float) -> None:
+        """Apply the accumulated gradients at learning rate lr, and clear them."""
+        self.optimizer.step(lr)
+        self.optimizer.zero_grad()
+
+    def discard_update(self) -> None:
+        """Forget the accumulated gradients, and all else that the batch left behind."""
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for counter in self.expert_counters:
+                counter.zero_()
+
+    def seed_step(self, step: int) -> None:
+        """Seed torch's generators from (run.seed, step, dp rank), so that there is no generator state to save."""
+        torch.manual_seed(derive_seed(self.config.run.seed, "step", step, self.dp_rank))
+
+    def state(self) -> dict[str, Stateful]:
+        """`model` and `optimizer`: live tensors by layout-independent names."""
+        return self.states
+
+
+def build_engine(config: JobConfig, world: World, *, init_weights: bool = True) -> Engine:
+    """Build this rank's engine. Collective; torch.distributed must be initialised, also for one process.
+
+    Args:
+        config: a configuration that `configs.check` accepted.
+        world: this process.
+        init_weights: False leaves weights unset, for a caller that loads a snapshot into `state()` next.
+
+    Raises:
+        ValueError: the model cannot be laid out as configured.
+    """
+    titan.prepare_process(world.device)
+    plan = titan.blueprint(config, world.device)
+    dims = titan.build_dims(config, world)
+    pipeline = titan.parallelise(plan, config, dims, world.device)
+    for part in pipeline.parts:
+        materialise(part, world.device, config.run.seed, init_weights)
+    optimizer = build_adamw(config.optimizer, pipeline.parts)
+    titan.register_load_balancing(plan, optimizer.adamw, pipeline.parts, dims)
+    return Engine(
+        config=config,
+        device=world.device,
+        coords=coords_of(world.rank, config.parallelism),
+        plan=plan,
+        pipeline=pipeline,
+        optimizer=optimizer,
+        states=build_states(pipeline.parts, optimizer),
+        counters=titan.expert_token_counters(pipeline.parts),
+    )

@@ -1,0 +1,116 @@
+"""AdamW over all parts of a rank's model, on its local shards, with state allocated from the start.
+
+An elementwise update needs nothing of a DTensor but its local shard; leaving DTensor out of it saves its dispatch
+(about 50 ms at the first step after a restart, a few ms each step after).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from configs.schema import OptimizerConfig
+from parallelism.titan import canonical_name
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter, its local shard (shared storage), and its moments, laid out like it."""
+
+    name: str
+    parameter: nn.Parameter
+    local: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class ShardedAdamW:
+    """AdamW (arXiv 1711.05101) on local shards. adamw is torch's own, over `Slot.local`; it counts updates in it."""
+
+    def __init__(self, adamw: torch.optim.AdamW, slots: list[Slot]) -> None:
+        self.adamw = adamw
+        self.slots = slots
+
+    def step(self, lr: float) -> None:
+        """Update every parameter that has a gradient, at learning rate lr."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        for slot in self.slots:
+            gradient = slot.parameter.grad
+            slot.local.grad = None if gradient is None else local_of(gradient)
+        self.adamw.step()
+
+    def zero_grad(self) -> None:
+        """Free the gradients."""
+        for slot in self.slots:
+            slot.parameter.grad = None
+            slot.local.grad = None
+
+    def moments(self) -> dict[str, Tensor]:
+        """The live moments, as `exp_avg.<parameter>` and `exp_avg_sq.<parameter>`."""
+        return {f"exp_avg.{slot.name}": slot.exp_avg for slot in self.slots} | {
+            f"exp_avg_sq.{slot.name}": slot.exp_avg_sq for slot in self.slots
+        }
+
+    def counters(self) -> list[Tensor]:
+        """The update counter of each parameter, fp32 scalars; all are always equal."""
+        return [state["step"] for state in self.adamw.state.values()]
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The local shard of a DTensor, sharing its storage; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def build_adamw(config: OptimizerConfig, parts: list[nn.Module]) -> ShardedAdamW:
+    """AdamW for every parameter of `parts`; vectors (norms, biases) are not decayed."""
+    slots = [_slot(name, parameter) for part in parts for name, parameter in part.named_parameters()]
+    decayed = [slot.local for slot in slots if slot.parameter.ndim >= 2]
+    vectors = [slot.local for slot in slots if slot.parameter.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": decayed}] if decayed else []
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    adamw = torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    for slot in slots:
+        adamw.state[slot.local] = {
+            "step": torch.zeros((), dtype=torch.float32, device=slot.local.device),
+            "exp_avg": local_of(slot.exp_avg),
+            "exp_avg_sq": local_of(slot.exp_avg_sq),
+        }
+    return ShardedAdamW(adamw, slots)
+
+
+def _slot(name: str, parameter: nn.Parameter) -> Slot:
+    local = local_of(parameter.detach())
+    return Slot(
+        canonical_name(name),
+        parameter,
+        local.requires_grad_(),
+        _like(parameter, torch.zeros_like(local)),
+        _like(parameter, torch.zeros_like(local)),
+    )
+
+
+def _like(parameter: nn.Parameter, local: Tensor) -> Tensor:
+    local = local.detach()
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
