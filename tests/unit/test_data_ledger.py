@@ -44,6 +44,16 @@ def test_a_step_half_written_by_a_dead_generation_does_not_count(tmp_path: Path)
     check_exactly_once(committed_samples(tmp_path), steps=3, global_batch=8)
 
 
+def test_generations_are_never_mixed(tmp_path: Path) -> None:
+    """A lost step that the next generation only began again is incomplete, not patched up with the lost lines."""
+    write(tmp_path, 0, 2, range(1, 4))
+    SampleLedger(tmp_path, 1, 1).append(3, 20, 4, "begun")
+    samples = committed_samples(tmp_path)
+    assert [(line.generation, line.dp_rank) for line in samples[3]] == [(1, 1)]
+    with pytest.raises(ValueError, match="step 3: samples from 16 are missing"):
+        check_exactly_once(samples, steps=3, global_batch=8)
+
+
 @given(cut=st.integers(1, 60))
 def test_a_torn_line_is_left_out_and_the_next_one_is_whole(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     """Wherever the last line is cut off, the earlier ones stand and a later writer's line is not spoiled by it."""

@@ -146,6 +146,16 @@ def test_an_interrupted_call_leaves_the_old_corpus(source: Path, prepared: Prepa
     assert not (prepared.prefix.parent / ".prepare").exists()
 
 
+def test_facts_never_describe_a_mixture(source: Path, prepared: PreparedCorpus) -> None:
+    """Failing half-way through putting new files over old ones leaves no facts, so nothing takes them for whole."""
+    out = prepared.prefix.parent
+    (out / "corpus.idx").unlink()
+    (out / "corpus.idx" / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"corpus\.idx"):
+        prepare([source], out, PrepareSettings(vocab_size=300))
+    assert read_info(prepared.prefix) is None
+
+
 def test_two_calls_at_once_do_the_work_once(source: Path, tmp_path: Path) -> None:
     """The second waits for the first and then finds its work done."""
     results: list[PreparedCorpus] = []
@@ -185,9 +195,11 @@ def test_tokenizer_learns_from_every_source(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("alpha " * 5000)
     (tmp_path / "b.txt").write_text("omega " * 5000)
     settings = PrepareSettings(vocab_size=300, tokenizer_max_bytes=10_000)
-    corpus = prepare([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out", settings)
+    seen: list[PrepareProgress] = []
+    corpus = prepare([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out", settings, on_progress=seen.append)
     lengths = IndexedCorpus(corpus.prefix).lengths
     assert (lengths < 5100).all()
+    assert [p.text_bytes for p in seen if p.stage is Stage.TOKENIZER] == [5000, 10_000]
 
 
 def test_long_documents_survive_being_cut_in_pieces(tmp_path: Path) -> None:
