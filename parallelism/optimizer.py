@@ -68,7 +68,8 @@ def local_of(tensor: Tensor) -> Tensor:
 
 def build_adamw(config: OptimizerConfig, parts: list[nn.Module]) -> ShardedAdamW:
     """AdamW for every parameter of `parts`; vectors (norms, biases) are not decayed."""
-    slots = [_slot(name, parameter) for part in parts for name, parameter in part.named_parameters()]
+    with torch.no_grad():
+        slots = [_slot(name, parameter) for part in parts for name, parameter in part.named_parameters()]
     decayed = [slot.local for slot in slots if slot.parameter.ndim >= 2]
     vectors = [slot.local for slot in slots if slot.parameter.ndim < 2]
     groups: list[dict[str, Any]] = [{"params": decayed}] if decayed else []
@@ -92,18 +93,17 @@ def build_adamw(config: OptimizerConfig, parts: list[nn.Module]) -> ShardedAdamW
 
 
 def _slot(name: str, parameter: nn.Parameter) -> Slot:
-    local = local_of(parameter.detach())
+    local = local_of(parameter).detach().requires_grad_()
     return Slot(
         canonical_name(name),
         parameter,
-        local.requires_grad_(),
-        _like(parameter, torch.zeros_like(local)),
-        _like(parameter, torch.zeros_like(local)),
+        local,
+        _like(parameter, torch.zeros_like(local, requires_grad=False)),
+        _like(parameter, torch.zeros_like(local, requires_grad=False)),
     )
 
 
 def _like(parameter: nn.Parameter, local: Tensor) -> Tensor:
-    local = local.detach()
     if not isinstance(parameter, DTensor):
         return local
     return DTensor.from_local(

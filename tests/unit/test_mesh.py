@@ -21,7 +21,7 @@ def test_coordinates_are_those_of_a_row_major_grid(layout: ParallelismConfig) ->
     for rank in range(world_size_of(layout)):
         coords = coords_of(rank, layout)
         place = (coords.pp, coords.dp_replicate, coords.dp_shard, coords.cp, coords.tp)
-        assert place == tuple(np.unravel_index(rank, shape))
+        assert place == tuple(map(int, np.unravel_index(rank, shape)))
 
 
 @given(layouts)
