@@ -142,7 +142,7 @@ def _crash_loop(verdict: Verdict, state: JobState) -> Stop | None:
     same = [each for each in _earlier(state) if (each.fingerprint, each.step) == (verdict.fingerprint, verdict.step)]
     times = len({each.generation for each in same}) + 1
     nodes = {each.node for each in same if each.node} | ({verdict.node} if verdict.node else set())
-    on_nodes = times >= LOOP_NODES and len(nodes) >= LOOP_NODES and verdict.cause in _SOFTWARE
+    on_nodes = len(nodes) >= LOOP_NODES and verdict.cause in _SOFTWARE
     if not on_nodes and times < LOOP_TIMES:
         return None
     where = f"on {len(nodes)} different nodes ({', '.join(sorted(nodes))})" if len(nodes) > 1 else "on the same node"

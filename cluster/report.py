@@ -21,10 +21,11 @@ from trainer.exits import ExitCode
 
 REPORT_JSON = "report.json"
 REPORT_MD = "report.md"
+_QUOTED = (Cause.USER_ERROR, Cause.OUT_OF_MEMORY, Cause.BAD_INPUT, Cause.PEER_LOST)
 
 
 class IncidentSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One incident for a person: what failed, what was done about it, what it cost."""
+    """One incident for a person: what failed (in the error's own words if there are any), what was done, the cost."""
 
     number: int
     cause: Cause
@@ -203,7 +204,7 @@ def _incident(incident: Incident, cost: IncidentCost) -> IncidentSummary:
         node=verdict.node,
         rank=verdict.rank,
         step=verdict.step,
-        evidence=verdict.evidence[0] if verdict.evidence else "",
+        evidence="; ".join(verdict.evidence[: 2 if verdict.cause in _QUOTED else 1]),
         action=incident.action,
         reason=incident.reason,
         recovered=not incident.open,

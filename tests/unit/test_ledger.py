@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.events import AnyEvent
+from cluster.events import AnyEvent, RunStopped
 from cluster.ledger import Goodput, account
 from cluster.timeline import TimeCause, cut
 from tests.unit import stories
@@ -95,7 +95,9 @@ def test_skewed_clocks_and_cut_journals_never_break_the_partition(
     assert all(before.end_us == after.start_us for before, after in itertools.pairwise(intervals))
     assert all(each.start_us < each.end_us for each in intervals)
     check_partition(goodput, goodput.wall_s)
-    assert goodput.badput_s[TimeCause.LOST] >= 0
+    if has_now or isinstance(events[-1], RunStopped):
+        latest_s = max(now_s or 0.0, *(event.t_wall_s for event in events), 0.0)
+        assert goodput.wall_s <= latest_s - EPOCH_S + 1e-5, "a fast clock must not lengthen the run"
 
 
 @settings(max_examples=50, deadline=None)
@@ -173,6 +175,8 @@ def test_steps_that_go_on_while_the_supervisor_is_dead_stay_productive() -> None
     goodput = account(story.events, story.steps, None)
     assert goodput.productive_s == pytest.approx(6.0, abs=1e-3)
     assert goodput.badput_s[TimeCause.STOPPED] == 0
+    assert goodput.badput_s[TimeCause.STARTUP] == pytest.approx(2.0, abs=1e-3)
+    assert goodput.badput_s[TimeCause.FINISHING] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_time_after_everything_was_killed_is_stopped_and_not_in_ettr() -> None:
@@ -198,6 +202,14 @@ def test_a_silent_run_is_not_taken_for_productive() -> None:
     goodput = account(events, steps, EPOCH_S + 106)
     assert goodput.productive_s == pytest.approx(6.5)
     assert goodput.badput_s[TimeCause.UNKNOWN] == pytest.approx(98.5)
+
+
+def test_time_between_steps_is_not_productive() -> None:
+    events: list[AnyEvent] = [stories.started(1, EPOCH_S), stories.planned(1, EPOCH_S)]
+    steps = [stories.record(step, 1, EPOCH_S + 3 * step, 1.0, 0, 0) for step in (1, 2, 3)]
+    goodput = account(events, steps, None)
+    assert goodput.productive_s == 3.0
+    assert goodput.badput_s[TimeCause.BETWEEN_STEPS] == 4.0
 
 
 def test_no_run_is_no_time() -> None:

@@ -86,7 +86,7 @@ def test_the_summary_says_what_failed_and_what_it_cost(report: RunSummary) -> No
     assert report.newest_snapshot == 10
     (incident,) = report.incidents
     assert (incident.cause, incident.node, incident.rank, incident.step) == (Cause.USER_ERROR, "node0", 0, 11)
-    assert (incident.evidence, incident.action, incident.recovered) == ("where", "restart", True)
+    assert (incident.evidence, incident.action, incident.recovered) == ("where; 1", "restart", True)
     assert incident.cost.lost_steps == 2
     assert incident.cost.recovery_s == pytest.approx(3.25, abs=1e-3)
     assert report.tokens_per_sec == pytest.approx(512 / 2.0 * 4), "the median is of the steps that survived"

@@ -86,6 +86,13 @@ def test_the_life_of_an_incident() -> None:
     assert state.open_incidents == ()
 
 
+def test_a_node_that_holds_ranks_is_no_spare_while_its_agent_comes_back() -> None:
+    state = replay([stories.ready("node2", 0.0), stories.planned(1, 1.0)])
+    state = apply(state, AgentStarted(node="node1", handle="2", **T))
+    state = apply(state, stories.ready("node1", 2.0))
+    assert state.spares == ("node2",)
+
+
 def test_the_newest_snapshot_is_one_that_was_not_rejected() -> None:
     facts = [stories.fact(FactKind.SNAPSHOT_COMMITTED, 1, step, 1.0) for step in (10, 20)]
     assert replay(facts).newest_snapshot == 20
