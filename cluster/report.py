@@ -146,7 +146,7 @@ def headlines(report: RunSummary) -> list[tuple[str, str]]:
         ("tokens/s", rate),
         ("wall time", format_duration(goodput.wall_s)),
         ("ettr", ettr),
-        ("restarts", f"{goodput.restarts}, {goodput.lost_steps} finished steps computed again"),
+        ("restarts", f"{goodput.restarts}, {_again(goodput.lost_steps)}"),
         ("newest snapshot", UNKNOWN if report.newest_snapshot is None else f"step {report.newest_snapshot}"),
         ("nodes", ", ".join(f"{name} {status}" for name, status in report.nodes.items()) or UNKNOWN),
     ]
@@ -166,23 +166,29 @@ def incident_lines(incident: IncidentSummary) -> list[str]:
     lines = [incident.evidence] if incident.evidence else []
     if incident.action:
         lines.append(f"{incident.action}: {incident.reason}")
+    if incident.action == "nothing":
+        return lines
     lines.append(
-        f"noticed after {format_duration(cost.noticing_s)}, {recovery}; {cost.lost_steps} finished steps computed again"
+        f"noticed after {format_duration(cost.noticing_s)}, {recovery}; {_again(cost.lost_steps)}"
         f" ({format_duration(cost.lost_s)} of work lost)"
     )
     return lines
 
 
 def time_table(goodput: Goodput) -> list[tuple[str, float, str]]:
-    """Rows (cause, seconds, share of the wall time): productive first, then what cost most; zeros are left out."""
+    """Rows (cause, seconds, share of the wall time): productive first, then what cost most; what would show as 0.0 is left out."""
     rows = [(TimeCause.PRODUCTIVE, goodput.productive_s)]
     rows += sorted(goodput.badput_s.items(), key=lambda item: -item[1])
     wall_s = goodput.wall_s or 1.0
     return [
         (cause.value, seconds, f"{100 * seconds / wall_s:.1f}%")
         for cause, seconds in rows
-        if seconds > 0 or cause is TimeCause.PRODUCTIVE
+        if seconds >= 0.05 or cause is TimeCause.PRODUCTIVE
     ]
+
+
+def _again(steps: int) -> str:
+    return f"{steps or 'no'} finished {'step' if steps == 1 else 'steps'} computed again"
 
 
 def _outcome(state: JobState) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from cluster.incidents import safe_name, write_cost, write_incident
 from cluster.ledger import IncidentCost, account
 from cluster.render import render
-from cluster.report import RunSummary, markdown, summary, surviving, write_report
+from cluster.report import RunSummary, headlines, incident_lines, markdown, summary, surviving, write_report
 from cluster.stepline import eta_s, format_duration, format_step_line
 from cluster.timeline import TimeCause
 from health.verdict import Cause, Verdict
@@ -120,6 +120,13 @@ def test_the_terminal_shows_the_same(report: RunSummary) -> None:
     text = console.export_text()
     for words in ("story: done", "20/100", "incident 1: user_error, node0 rank 0", "noticed after 2.0s", "productive"):
         assert words in text
+
+
+def test_an_incident_that_did_not_touch_training_has_no_cost_line(report: RunSummary) -> None:
+    (incident,) = report.incidents
+    nothing = msgspec.structs.replace(incident, action="nothing", reason="a spare was lost")
+    assert incident_lines(nothing) == [incident.evidence, "nothing: a spare was lost"]
+    assert "no finished steps computed again" in dict(headlines(summary(job(), [], [])))["restarts"]
 
 
 def test_a_run_that_only_began_can_be_shown() -> None:
