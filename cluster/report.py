@@ -176,7 +176,7 @@ def incident_lines(incident: IncidentSummary) -> list[str]:
 
 
 def time_table(goodput: Goodput) -> list[tuple[str, float, str]]:
-    """Rows (cause, seconds, share of the wall time): productive first, then what cost most; what would show as 0.0 is left out."""
+    """Rows (cause, seconds, share of the wall time): productive first, then what cost most; no rows of 0.0."""
     rows = [(TimeCause.PRODUCTIVE, goodput.productive_s)]
     rows += sorted(goodput.badput_s.items(), key=lambda item: -item[1])
     wall_s = goodput.wall_s or 1.0
