@@ -89,8 +89,8 @@ class SnapshotManager:
         reserve_bytes = max(_LEAST_RESERVE_BYTES, 4 * len(msgspec.json.encode(values)))
         parts = [local.part for local in self._flat.tensors]
         self._plan: ShardPlan = plan_shard(parts, self.rank, self.world_size, self.mesh, reserve_bytes)
-        self._copier = Copier(self._flat.tensors)
-        self._volatile = frozenset(i for i, part in enumerate(parts) if self.volatile(part.name))
+        volatile = frozenset(i for i, part in enumerate(parts) if self.volatile(part.name))
+        self._copier = Copier(self._flat.tensors, self._plan, volatile)
         for slot in range(SLOTS):
             self._slots.append(self._open(slot))
 
@@ -113,8 +113,7 @@ class SnapshotManager:
         )
         slot.segment.data[: self._plan.data_start_bytes] = self._plan.header(meta)
         with torch.no_grad():
-            for number in self._volatile:
-                slot.views[number].copy_(self._flat.tensors[number].tensor)
+            self._copier.copy_volatile(slot)
         fence = self._copier.fence()
         self._staging = self._thread.submit(self._stage_in_background, slot, step, persist, fence)
 
@@ -188,7 +187,7 @@ class SnapshotManager:
     def _stage_in_background(self, slot: SlotViews, step: int, persist: bool, fence: torch.cuda.Event | None) -> float:
         started = time.monotonic()
         with torch.no_grad():
-            found = self._copier.copy(slot, fence, self._volatile)
+            found = self._copier.copy(slot, fence)
         control = Control(
             step=step,
             generation=self.generation,

@@ -1,6 +1,6 @@
 """Device to host: the live tensors are copied straight into a slot of the RAM tier.
 
-On CPU it is one copy per tensor, each checksummed while it is still in the cache. On CUDA the copies go over a stream
+On CPU they go in batches, each checksummed while it is still in the cache. On CUDA the copies go over a stream
 of their own into page-locked memory while the next forward and backward compute.
 """
 
@@ -14,6 +14,8 @@ from checkpointing.checksum import Checksum, checksum
 from checkpointing.flatten import LocalTensor
 from checkpointing.segment import Segment
 from checkpointing.shardfile import ShardPlan
+
+BATCH_BYTES = 4 * 2**20
 
 
 class SlotViews:
@@ -47,45 +49,68 @@ class SlotViews:
 
 
 class Copier:
-    """Copies one state into slots. On CUDA it has a stream of its own, which waits for `fence`."""
+    """Copies one state into slots. On CUDA it has a stream of its own, which waits for `fence`.
 
-    def __init__(self, tensors: Sequence[LocalTensor]) -> None:
-        self.tensors = tensors
-        devices = {local.tensor.device for local in tensors if local.tensor.is_cuda}
+    volatile: numbers of the tensors that `copy` finds in the slot already, put there by `copy_volatile`.
+    """
+
+    def __init__(self, tensors: Sequence[LocalTensor], plan: ShardPlan, volatile: frozenset[int]) -> None:
+        self.tensors = [local.tensor for local in tensors]
+        self._volatile = sorted(volatile)
+        self._batches = _batches(plan, volatile)
+        devices = {tensor.device for tensor in self.tensors if tensor.is_cuda}
         assert len(devices) <= 1, devices
         self._stream = torch.cuda.Stream(devices.pop()) if devices else None
+
+    def copy_volatile(self, slot: SlotViews) -> None:
+        """Copy now, in order with what the device computes."""
+        self._copy_batch(slot, self._volatile)
 
     def fence(self) -> torch.cuda.Event | None:
         """Call where the state is final, on the stream that computes it."""
         return torch.cuda.current_stream().record_event() if self._stream else None
 
-    def copy(self, slot: SlotViews, fence: torch.cuda.Event | None, skip: frozenset[int]) -> str:
-        """Copy all tensors but those numbered in `skip` (already there); returns the checksum of the whole shard."""
+    def copy(self, slot: SlotViews, fence: torch.cuda.Event | None) -> str:
+        """Copy all that is not volatile; returns the checksum of the whole shard."""
         if self._stream is not None:
             assert fence is not None
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(fence)
-                for number, local in enumerate(self.tensors):
-                    if number not in skip:
-                        slot.views[number].copy_(local.tensor, non_blocking=True)
+                for numbers, _ in self._batches:
+                    self._copy_batch(slot, numbers)
             self._stream.synchronize()
             return checksum(slot.segment.data[: slot.plan.size_bytes])
-        return self._copy_on_cpu(slot, skip)
-
-    def _copy_on_cpu(self, slot: SlotViews, skip: frozenset[int]) -> str:
         running = Checksum()
-        start = slot.plan.data_start_bytes
-        running.update(slot.segment.data[:start])
-        for number, (part, local) in enumerate(zip(slot.plan.slices, self.tensors, strict=True)):
-            if number not in skip:
-                slot.views[number].copy_(local.tensor)
-            running.update(slot.segment.data[start + part.start_bytes : start + part.end_bytes])
+        done = 0
+        for numbers, end in self._batches:
+            self._copy_batch(slot, numbers)
+            running.update(slot.segment.data[done:end])
+            done = end
         return running.hex()
+
+    def _copy_batch(self, slot: SlotViews, numbers: Sequence[int]) -> None:
+        if numbers:  # one call for many tensors: the GIL stays with the thread that trains
+            into, out_of = [slot.views[i] for i in numbers], [self.tensors[i] for i in numbers]
+            torch._foreach_copy_(into, out_of, non_blocking=True)
 
     def pin(self, slot: SlotViews) -> None:
         """Prepare a slot for fast copies from the device; nothing to do on CPU."""
         if self._stream is not None:
             slot.pin()
+
+
+def _batches(plan: ShardPlan, volatile: frozenset[int]) -> list[tuple[list[int], int]]:
+    """Numbers of the tensors to copy together, and where in the file each batch ends; the last ends with the file."""
+    batches: list[tuple[list[int], int]] = []
+    numbers: list[int] = []
+    begun = 0
+    for number, part in enumerate(plan.slices):
+        if number not in volatile:
+            numbers.append(number)
+        if part.end_bytes - begun >= BATCH_BYTES:
+            batches.append((numbers, plan.data_start_bytes + part.end_bytes))
+            numbers, begun = [], part.end_bytes
+    return [*batches, (numbers, plan.size_bytes)]
 
 
 def _view(data: memoryview, start: int, like: torch.Tensor) -> torch.Tensor:

@@ -106,9 +106,11 @@ class NodeStore:
     def persist_pending(self) -> list[StoreEvent]:
         """Persist every slot that waits for it, oldest snapshot first. Never raises OSError: it is an event."""
         events = []
-        for path, control in self._slots_to_persist():
-            with _opened(path) as fd:
-                events.append(self._persist_slot(fd, control))
+        for path in self._slots_to_persist():
+            with contextlib.suppress(FileNotFoundError), _opened(path) as fd:
+                state, control = read_control(fd)
+                if state is SlotState.TO_PERSIST:
+                    events.append(self._persist_slot(fd, control))
         return events
 
     def commit_pending(self) -> list[StoreEvent]:
@@ -151,14 +153,14 @@ class NodeStore:
             if parse_segment_name(name) is not None and (with_unfinished or not name.endswith(".tmp"))
         ]
 
-    def _slots_to_persist(self) -> list[tuple[Path, Control | None]]:
+    def _slots_to_persist(self) -> list[Path]:
         waiting = []
         for path in self._segment_paths():
             with contextlib.suppress(FileNotFoundError), _opened(path) as fd:
                 state, control = read_control(fd)
                 if state is SlotState.TO_PERSIST:
-                    waiting.append((path, control))
-        return sorted(waiting, key=lambda slot: slot[1].age if slot[1] else (-1, -1))
+                    waiting.append((control.age if control else (-1, -1), path))
+        return [path for _, path in sorted(waiting)]
 
     def _persist_slot(self, fd: int, control: Control | None) -> StoreEvent:
         started = time.monotonic()

@@ -28,16 +28,16 @@ from tests.checkpoint_helpers import Tensors, as_bytes, same_bits, sample_tensor
 
 
 def shard(rank: int, **changes: object) -> Shard:
-    fields = dict(
-        rank=rank,
-        file=shard_file_name(2, rank),
-        size_bytes=1000,
-        checksum="0" * 32,
-        data_start_bytes=64,
-        tensors=(TensorSlice("w", "F32", (8, 4), (4 * rank, 0), (4, 4), 0, 64),),
-        scalars={"step": msgspec.Raw(b"7")},
-        leaves={},
-    )
+    fields = {
+        "rank": rank,
+        "file": shard_file_name(2, rank),
+        "size_bytes": 1000,
+        "checksum": "0" * 32,
+        "data_start_bytes": 64,
+        "tensors": (TensorSlice("w", "F32", (8, 4), (4 * rank, 0), (4, 4), 0, 64),),
+        "scalars": {"step": msgspec.Raw(b"7")},
+        "leaves": {},
+    }
     return Shard(**{**fields, **changes})  # type: ignore[arg-type]
 
 
@@ -74,13 +74,13 @@ def test_a_manifest_with_a_changed_byte_is_noticed_or_means_the_same(position: i
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (dict(file="../../etc/passwd"), "names a file that is not a shard's"),
-        (dict(file="/etc/passwd"), "names a file that is not a shard's"),
-        (dict(file=shard_file_name(2, 9)), "names a file that is not a shard's"),
-        (dict(tensors=(TensorSlice("w", "F32", (8, 4), (6, 0), (4, 4), 0, 64),)), "impossible slice of w"),
-        (dict(tensors=(TensorSlice("w", "F32", (8, 4), (4, 0), (4,), 0, 64),)), "impossible slice of w"),
-        (dict(tensors=(TensorSlice("w", "F32", (8, 4), (4, 0), (4, 4), 900, 964),)), "impossible slice of w"),
-        (dict(tensors=(TensorSlice("w", "F32", (8, 4), (-1, 0), (4, 4), 0, 64),)), "impossible slice of w"),
+        ({"file": "../../etc/passwd"}, "names a file that is not a shard's"),
+        ({"file": "/etc/passwd"}, "names a file that is not a shard's"),
+        ({"file": shard_file_name(2, 9)}, "names a file that is not a shard's"),
+        ({"tensors": (TensorSlice("w", "F32", (8, 4), (6, 0), (4, 4), 0, 64),)}, "impossible slice of w"),
+        ({"tensors": (TensorSlice("w", "F32", (8, 4), (4, 0), (4,), 0, 64),)}, "impossible slice of w"),
+        ({"tensors": (TensorSlice("w", "F32", (8, 4), (4, 0), (4, 4), 900, 964),)}, "impossible slice of w"),
+        ({"tensors": (TensorSlice("w", "F32", (8, 4), (-1, 0), (4, 4), 0, 64),)}, "impossible slice of w"),
     ],
 )
 def test_a_well_formed_document_that_cannot_be_true_is_refused(damage: dict[str, object], words: str) -> None:

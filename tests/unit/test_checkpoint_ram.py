@@ -159,7 +159,7 @@ def test_closing_the_store_leaves_nothing_of_ours_and_everything_else(tmp_path: 
 def test_an_error_while_staging_reaches_wait_and_the_slot_is_never_loaded(tmp_path: Path) -> None:
     tensors = sample_tensors(1)
     run = OneRank(tmp_path, seed=1)
-    run.manager._flat.tensors[0] = run.manager._flat.tensors[0]._replace(tensor=torch.zeros(3, 3, 3))
+    run.manager._copier.tensors[0] = torch.zeros(3, 3, 3)
     run.manager.stage(10, False, {})
     with pytest.raises(RuntimeError):
         run.manager.wait()
