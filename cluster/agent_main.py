@@ -108,6 +108,11 @@ class Node:
             for local_rank, pid in pids.items()
         ]
 
+    def all_begun(self) -> bool:
+        """Whether every worker of the current generation runs its own code by now."""
+        beats = [self.slots.read(local_rank) for local_rank in self.local_ranks]
+        return self.plan is not None and all(b is not None and b.generation == self.plan.generation for b in beats)
+
     def forward_facts(self) -> None:
         """Pass on what workers wrote since the last call."""
         with self._facts_lock:
@@ -189,6 +194,7 @@ def run_node(node: Node) -> None:
             node.ram_dir,
             node.worker_argument,
             on_deaths,
+            node.all_begun,
             _MONITOR_INTERVAL_S,
         )
         node.remember_oom_kills()

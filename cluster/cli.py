@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from tyro.conf import Positional, subcommand
 
 from configs.load import ConfigError
@@ -142,26 +143,27 @@ def main() -> None:
 
 def dispatch(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit code. What the user can mend is said in a line, without a traceback."""
-    command, overrides = tyro.cli(
-        Command,  # type: ignore[arg-type]
+    parsed: Any
+    parsed, overrides = tyro.cli(
+        cast(Any, Command),
         args=list(arguments),
         prog="everstep",
         return_unknown_args=True,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
-    command = command.command if isinstance(command, (Checkpoint, Data)) else command
+    command = parsed.command if isinstance(parsed, (Checkpoint, Data)) else parsed
     errors = Console(stderr=True, soft_wrap=True)
     if overrides and not isinstance(command, (Run, Config)):
-        errors.print(f"[bold red]error:[/] unknown option {overrides[0]}; `everstep --help` lists them")
+        errors.print(f"[bold red]error:[/] unknown option {escape(overrides[0])}; `everstep --help` lists them")
         return ExitCode.BAD_INPUT
     try:
         return _COMMANDS[type(command)](command, overrides)
     except ConfigError as error:
         for line in str(error).splitlines():
-            errors.print("[bold red]error:[/]", line, highlight=False, markup=True)
+            errors.print(f"[bold red]error:[/] {escape(line)}", highlight=False)
         return ExitCode.BAD_INPUT
     except (ValueError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return ExitCode.BAD_INPUT if isinstance(error, ValueError) else ExitCode.FAILED
     except BrokenPipeError:
         return ExitCode.DONE
@@ -320,7 +322,7 @@ def _data_show(command: DataShow, _overrides: Sequence[str]) -> int:
     return ExitCode.DONE
 
 
-_COMMANDS = {
+_COMMANDS: Mapping[type, Callable[[Any, Sequence[str]], int]] = {
     Run: _run,
     Config: _config,
     Status: _status,
@@ -330,3 +332,7 @@ _COMMANDS = {
     DataPrepare: _data_prepare,
     DataShow: _data_show,
 }
+
+
+if __name__ == "__main__":
+    main()

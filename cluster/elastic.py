@@ -9,9 +9,10 @@ decided here: every failure is reported, and the supervisor alone says what happ
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.synchronize
+import multiprocessing.util
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -141,6 +142,7 @@ class NodeElasticAgent(LocalElasticAgent):
         scratch: Path,
         worker_argument: Callable[[Plan], str],
         on_deaths: Callable[[Sequence[WorkerDeath]], None],
+        all_begun: Callable[[], bool],
         monitor_interval_s: float,
     ) -> None:
         spec = WorkerSpec(
@@ -155,7 +157,8 @@ class NodeElasticAgent(LocalElasticAgent):
         self._rendezvous_handler = rendezvous
         self._worker_argument = worker_argument
         self._on_deaths = on_deaths
-        self.started = threading.Event()
+        self._all_begun = all_begun
+        self._semaphores_linked = False
 
     def worker_pids(self) -> dict[int, int]:
         """Process ids by local rank; empty while no worker runs."""
@@ -175,9 +178,8 @@ class NodeElasticAgent(LocalElasticAgent):
         plan = self._rendezvous_handler.plan
         assert plan is not None
         worker_group.spec.args = (self._worker_argument(plan),)
-        pids = super()._start_workers(worker_group)
-        self.started.set()
-        return pids
+        self._semaphores_linked = True
+        return super()._start_workers(worker_group)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         self._shutdown(signal.SIGKILL)
@@ -191,6 +193,9 @@ class NodeElasticAgent(LocalElasticAgent):
             for i, process in enumerate(self._processes())
             if (code := process.exitcode)
         ]
+        if self._semaphores_linked and self._all_begun():
+            _unlink_semaphores()
+            self._semaphores_linked = False
         if not deaths:
             return super()._monitor_workers(worker_group)
         self._on_deaths(deaths)
@@ -199,6 +204,16 @@ class NodeElasticAgent(LocalElasticAgent):
 
     def _exit_barrier(self) -> None:
         """The supervisor knows when all nodes are done; a barrier would only tie them to a store that may be gone."""
+
+
+def _unlink_semaphores() -> None:
+    """Remove the names of this process' semaphores, once every worker has opened them.
+
+    They would otherwise stay in shared memory for ever when this process is killed together with its tracker.
+    """
+    for finalizer in list(multiprocessing.util._finalizer_registry.values()):  # type: ignore[attr-defined]
+        if getattr(finalizer, "_callback", None) is multiprocessing.synchronize.SemLock._cleanup:  # type: ignore[attr-defined]
+            finalizer()
 
 
 def warm_forkserver(preload: Sequence[str]) -> None:

@@ -36,7 +36,6 @@ def run_job(config: JobConfig, watcher: Watcher, newest_snapshot: Callable[[Path
     run_dir.create()
     lock = run_dir.lock()
     try:
-        watcher.open()
         return _run_locked(config, run_dir, watcher, newest_snapshot)
     finally:
         os.close(lock)
@@ -60,6 +59,7 @@ def _run_locked(
         scheduler.close()
         if newest_snapshot(run_dir.path) >= config.training.steps:
             return ExitCode.DONE
+    watcher.open()
     with _journal(run_dir) as journal, _listening(run_dir) as socket:
         supervisor = Supervisor(
             config, run_dir, scheduler, socket, journal, state, alive if taking_over else {}, watcher

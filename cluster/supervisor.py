@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -412,9 +412,9 @@ class Supervisor:
             last_step=self.state.newest_step,
         )
 
-    def emit(self, kind: type[events.Event], **fields: object) -> None:
+    def emit(self, kind: Callable[..., events.AnyEvent], **fields: object) -> None:
         """Write an event to the journal, and only then believe it."""
         event = kind(t_wall_s=time.time(), t_mono_s=time.monotonic(), **fields)
-        self.journal.append(event)  # type: ignore[arg-type]
-        self.state = apply(self.state, event)  # type: ignore[arg-type]
-        self.watcher.on_event(event)  # type: ignore[arg-type]
+        self.journal.append(event)
+        self.state = apply(self.state, event)
+        self.watcher.on_event(event)

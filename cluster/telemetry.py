@@ -53,7 +53,7 @@ class WandbSink:
     def close(self) -> None:
         """Flush and end."""
         if self._run is not None:
-            self._run.finish(quiet=True)
+            self._run.finish()
             self._run = None
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from checkpointing.manager import NoSnapshotError, Rejection, SnapshotManager
 from checkpointing.verify import list_snapshots
+from configs.models import FAMILIES
 from configs.schema import JobConfig
 from parallelism.engine import Engine, build_engine
 from parallelism.mesh import World
@@ -67,7 +68,8 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
     stack.callback(snapshots.close)
     step, tokens_seen = _resume(context, snapshots) if has_snapshot else (0, 0)
     context.heart.beat(Phase.LOADING, step=step)
-    reader = StepReader(config, engine.dp_rank, engine.dp_degree)
+    vocab_size = config.model.vocab_size or FAMILIES[config.model.family][config.model.flavor].vocab_size
+    reader = StepReader(config, engine.dp_rank, engine.dp_degree, vocab_size)
     data = Prefetcher(reader, step + 1, config.training.steps, config.data.prefetch_steps)
     stack.callback(data.close)
     first_of_dp = (engine.coords.pp, engine.coords.cp, engine.coords.tp) == (0, 0, 0)

@@ -1,0 +1,56 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := configs parallelism checkpointing trainer health cluster
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint unit distributed chaos-short chaos data install constraints clean \
+	bench-recovery bench-checkpoint bench-overhead
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+		{ echo "Python 3.11 or 3.12 is needed; say which one: make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[wandb,data,dev]'
+	@touch $@
+
+data: install
+	$(BIN)/everstep data prepare
+
+demo: install data
+	$(BIN)/python -m tests.chaos.demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: install
+	$(BIN)/pytest tests/unit
+
+distributed: install
+	$(BIN)/pytest tests/distributed -m "not long"
+
+chaos-short: install
+	$(BIN)/pytest tests/chaos -m "not long"
+
+# Everything that CI runs, in one pytest run so that its last line counts all.
+test: lint
+	$(BIN)/pytest tests -m "not long"
+
+# The long ones too: every fault on every layout.
+chaos: install
+	$(BIN)/pytest tests
+
+bench-recovery bench-checkpoint bench-overhead: install data
+	$(BIN)/python -m benchmarks.$(subst bench-,,$@)
+
+constraints: install
+	$(BIN)/pip freeze --all --exclude everstep --exclude pip | sed 's/+cpu//' > constraints.txt
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
