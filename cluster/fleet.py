@@ -40,10 +40,10 @@ def common_ram_step(members: Sequence[str], views: Mapping[str, AgentView], rank
         held: Sequence[RamShardInfo] = readiness.ram if readiness else ()
         for rank in range(index * ranks_per_node, (index + 1) * ranks_per_node):
             steps_of_rank.append(
-                {(s.step, s.generation) for s in held if s.rank == rank and s.world_size == world_size}
+                {(s.generation, s.step) for s in held if s.rank == rank and s.world_size == world_size}
             )
     common = set.intersection(*steps_of_rank) if steps_of_rank else set()
-    return max((step for step, _ in common), default=-1)
+    return max(common, default=(0, -1))[1]
 
 
 def all_finished(members: Sequence[str], views: Mapping[str, AgentView], generation: int) -> bool:

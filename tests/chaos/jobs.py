@@ -97,9 +97,10 @@ class Job:
         """Loss of every step that counts, to the last bit."""
         return {record.step: record.loss_avg for record in surviving(self.steps())}
 
-    def samples(self) -> object:
-        """Which samples every step read."""
-        return committed_samples(self.run_dir)
+    def samples(self) -> dict[int, list[tuple[int, int, str]]]:
+        """Samples that every step read: first number, count and digest of the bytes, by data-parallel rank."""
+        read = committed_samples(self.run_dir)
+        return {step: [(line.first, line.count, line.digest) for line in lines] for step, lines in read.items()}
 
     def weights(self, step: int) -> dict[str, str]:
         """Hash of every tensor in every rank's final shard, free of what a generation changes (its number)."""

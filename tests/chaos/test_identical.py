@@ -10,7 +10,7 @@ import pytest
 from tests.chaos import faults
 from tests.chaos.conftest import MakeJob
 from tests.chaos.jobs import Job
-from trainer.ledger import check_exactly_once
+from trainer.ledger import check_exactly_once, committed_samples
 
 STEPS = 24
 LAYOUTS = {
@@ -30,7 +30,7 @@ def assert_same_run(disturbed: Job, undisturbed: Job) -> None:
     assert disturbed.weights(STEPS) == undisturbed.weights(STEPS)
     assert disturbed.losses() == undisturbed.losses()
     assert disturbed.samples() == undisturbed.samples()
-    check_exactly_once(disturbed.samples(), STEPS, 8)
+    check_exactly_once(committed_samples(disturbed.run_dir), STEPS, 8)
 
 
 def do_faults(job: Job, dice: random.Random) -> None:
