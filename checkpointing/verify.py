@@ -30,6 +30,14 @@ def list_snapshots(run_dir: Path) -> list[SnapshotInfo]:
     return [_info(run_dir, step) for step in disk.committed_steps(run_dir)]
 
 
+def committed_generation(run_dir: Path, step: int) -> int:
+    """Which generation wrote the step's manifest; -1 if there is none or it is damaged. Shards are not looked at."""
+    try:
+        return disk.read_manifest(run_dir, step).generation
+    except SnapshotDamagedError:
+        return -1
+
+
 def verify_snapshot(run_dir: Path, step: int) -> list[str]:
     """Read every byte of a snapshot; one line a problem, each naming its file. No line: it is whole."""
     try:

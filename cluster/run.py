@@ -64,22 +64,33 @@ def _run_locked(
         supervisor = Supervisor(
             config, run_dir, scheduler, socket, journal, state, alive if taking_over else {}, watcher
         )
-        if taking_over:
-            supervisor.emit(events.SupervisorTookOver, supervisor_pid=os.getpid())
-            _adopt(supervisor, state, run_dir)
-        else:
-            supervisor.emit(
-                events.RunStarted,
-                run=config.run.name,
-                attempt=state.attempt + 1,
-                supervisor_pid=os.getpid(),
-                target_steps=config.training.steps,
-            )
-            _start_agents(supervisor, config, scheduler)
         with _signals(supervisor):
+            _begin(supervisor, config, run_dir, state, scheduler, taking_over)
             code = supervisor.run()
         scheduler.close()
         return code
+
+
+def _begin(
+    supervisor: Supervisor,
+    config: JobConfig,
+    run_dir: RunDir,
+    state: JobState,
+    scheduler: Scheduler,
+    taking_over: bool,
+) -> None:
+    if taking_over:
+        supervisor.emit(events.SupervisorTookOver, supervisor_pid=os.getpid())
+        _adopt(supervisor, state, run_dir)
+    else:
+        supervisor.emit(
+            events.RunStarted,
+            run=config.run.name,
+            attempt=state.attempt + 1,
+            supervisor_pid=os.getpid(),
+            target_steps=config.training.steps,
+        )
+        _start_agents(supervisor, config, scheduler)
 
 
 def _accept_config(config: JobConfig, run_dir: RunDir, taking_over: bool) -> None:

@@ -205,14 +205,19 @@ class Supervisor:
                 self.suspect(verdict, time.time() - (now - self._heard_at(verdict.node)))
             else:
                 self._evict(verdict.node, f"spare: {verdict.evidence[0]}")
-        if self.plan is not None and self.incident is None:
-            hang = self.progress.judge(now)
-            if hang is not None:
-                self.suspect(hang, time.time() - (now - self.progress.last_advance_s))
+        if self.incident is not None:
+            return
+        if self.plan is not None:
+            self._watch_progress(now)
         elif self.members and now - self.gathering_since_s > self.config.health.startup_timeout_s:
             missing = set(self.members) - set(ready_members(self.members, self.views, self.target_generation))
             for node in sorted(missing):
                 self.suspect(self._startup_timeout(node), time.time())
+
+    def _watch_progress(self, now: float) -> None:
+        hang = self.progress.judge(now)
+        if hang is not None:
+            self.suspect(hang, time.time() - (now - self.progress.last_advance_s))
 
     def _silent_nodes(self, now: float, watching_since_s: float) -> Sequence[Verdict]:
         present = {n: h for n, h in self.handles.items() if n not in self.state.evicted}
@@ -373,17 +378,29 @@ class Supervisor:
             return
         if self.plan is not None and all_finished(self.members, self.views, self.plan.generation):
             last = max(self.views[n].report.finished_step for n in self.members)
-            done = last >= self.config.training.steps
-            self.exit_code = ExitCode.DONE if done else ExitCode.REQUEUE
-            self.stop_reason = (
-                "training is done" if done else self.stop_reason or "a worker was asked to leave by a signal"
-            )
+            self._end_at(last)
         elif self.interrupts and self.wish is Wish.RUN:
             self.wish = Wish.SAVE_AND_LEAVE
             self.leave_by_s = now + self.config.cluster.leave_timeout_s
             self.broadcast()
         if self.exit_code is None and self.wish is Wish.SAVE_AND_LEAVE and self._leave_now(now):
             self.exit_code = ExitCode.REQUEUE
+
+    def _end_at(self, last: int) -> None:
+        """All workers ended well after step `last`: done only if training is, and its last state is on disk."""
+        done = last >= self.config.training.steps
+        saved = self.state.newest_snapshot
+        if saved < last:
+            self.exit_code = ExitCode.REQUEUE
+            self.stop_reason = (
+                f"step {last} is trained, but the newest snapshot on disk is of step {max(saved, 0)}: what was said "
+                "above keeps it from being written; mend that, and the same command goes on from there"
+            )
+        elif done:
+            self.exit_code, self.stop_reason = ExitCode.DONE, "training is done"
+        else:
+            self.exit_code = ExitCode.REQUEUE
+            self.stop_reason = self.stop_reason or "a worker was asked to leave by a signal"
 
     def _leave_now(self, now: float) -> bool:
         failed = self.plan is not None and any(
@@ -400,7 +417,9 @@ class Supervisor:
         self.wish = Wish.SHUT_DOWN
         self.broadcast()
         deadline = time.monotonic() + (0.0 if self.interrupts > 1 else 10.0)
-        while time.monotonic() < deadline and any(self.scheduler.alive(h) for h in self.handles.values()):
+        # An agent that never spoke hears no order either.
+        spoke = [handle for node, handle in self.handles.items() if node in self.views]
+        while time.monotonic() < deadline and any(self.scheduler.alive(handle) for handle in spoke):
             for report in self.socket.receive(_TICK_S):
                 self.take(report)
         for node, handle in self.handles.items():

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from checkpointing.verify import committed_generation
 from parallelism.schedule import learning_rate
 from trainer.build import Rank
 from trainer.events import FactKind, Phase, StepRecord, append_line
@@ -16,6 +17,7 @@ from trainer.metrics import bf16_peak_tflops, host_memory_gib, utilisation_pct
 from trainer.paths import metrics_path
 
 _DRAIN_POLL_S = 0.005
+_RETRY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,29 @@ def train(rank: Rank) -> None:
         if vote.leave:
             rank.context.note(FactKind.STOPPING, "asked to leave; state saved")
             break
+    secure(rank)
+
+
+def secure(rank: Rank) -> None:
+    """Stay until the last step's snapshot is whole on disk, trying again where a disk was full, within bounds.
+
+    What the bound cuts off is not hidden: the supervisor ends the run as unsaved.
+    """
+    deadline_s = time.monotonic() + rank.config.cluster.leave_timeout_s
+    retry_s = time.monotonic() + _RETRY_S
     rank.snapshots.wait()
+    while not is_secure(rank) and time.monotonic() < deadline_s:
+        rank.context.heart.beat(Phase.SNAPSHOT)
+        time.sleep(_DRAIN_POLL_S)
+        if time.monotonic() > retry_s and not rank.snapshots.persist_busy:
+            rank.snapshots.stage(rank.step, persist=True, scalars={"tokens_seen": rank.tokens_seen})
+            rank.snapshots.wait()
+            retry_s = time.monotonic() + _RETRY_S
+
+
+def is_secure(rank: Rank) -> bool:
+    """Whether this generation's snapshot of the last step is committed."""
+    return committed_generation(rank.context.run_dir, rank.step) == rank.context.start.generation
 
 
 def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:

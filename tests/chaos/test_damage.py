@@ -39,7 +39,8 @@ def test_the_newest_whole_snapshot_is_used(make_job: MakeJob) -> None:
 
 def test_a_full_disk_costs_snapshots_but_no_step(make_job: MakeJob) -> None:
     """Promise: when no snapshot can be written, training goes on, says so, and saves again when there is room."""
-    job = make_job("full-disk", (*SMALL, "--training.steps", "16"))
+    overrides = ("--checkpoint.persist_interval_steps", "2", "--cluster.spares", "0", "--training.steps", "16")
+    job = make_job("full-disk", overrides)
     job.run_dir.mkdir(parents=True)
     disk = faults.SmallDisk(job.run_dir / "checkpoints", size_bytes=64 << 20)
     with disk:
