@@ -206,14 +206,13 @@ class SnapshotManager:
 
     def _free_slot(self) -> SlotViews:
         """The least valuable slot: neither the agent's nor the newest, an empty one rather than an old one."""
-        newest = self._newest()
-        candidates: list[tuple[tuple[int, int], int]] = []
-        for number, slot in enumerate(self._slots):
-            control = slot.segment.control
-            if control is None:
-                candidates.append(((-1, -1), number))
-            elif slot.segment.state is not SlotState.TO_PERSIST and control != newest:
-                candidates.append((control.age, number))
+        ages = {n: c.age for n, slot in enumerate(self._slots) if (c := slot.segment.control) is not None}
+        newest = max(ages, key=lambda number: ages[number], default=-1)
+        candidates = [
+            (ages.get(number, (-1, -1)), number)
+            for number, slot in enumerate(self._slots)
+            if number not in ages or (number != newest and slot.segment.state is not SlotState.TO_PERSIST)
+        ]
         assert candidates, "more than one slot waits to be persisted"
         return self._slots[min(candidates)[1]]
 

@@ -132,7 +132,7 @@ class AgentState:
         self.wake()
 
     def workers_finished(self, step: int) -> None:
-        """All workers ended well after this step, and its snapshot is on disk."""
+        """All workers ended well after this step; what the node had to persist was tried."""
         with self._changed:
             self._status = AgentStatus.FINISHED
             self._finished_step = step

@@ -80,7 +80,7 @@ class Node:
 
     def take_inventory(self) -> Sequence[RamShardInfo]:
         """What the RAM tier holds, verified; called only while no worker runs."""
-        return [RamShardInfo(s.rank, s.world_size, s.step, s.generation, s.layout) for s in self.store.inventory()]
+        return [RamShardInfo(s.rank, s.world_size, s.step, s.generation) for s in self.store.inventory()]
 
     def worker_argument(self, plan: Plan) -> str:
         """What a worker of this plan gets to know, as JSON."""

@@ -162,11 +162,11 @@ def dispatch(arguments: Sequence[str]) -> int:
         for line in str(error).splitlines():
             errors.print(f"[bold red]error:[/] {escape(line)}", highlight=False)
         return ExitCode.BAD_INPUT
+    except BrokenPipeError:
+        return ExitCode.DONE
     except (ValueError, OSError) as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return ExitCode.BAD_INPUT if isinstance(error, ValueError) else ExitCode.FAILED
-    except BrokenPipeError:
-        return ExitCode.DONE
 
 
 def _run(command: Run, overrides: Sequence[str]) -> int:
@@ -224,10 +224,14 @@ def _print_report(run_dir: RunDir, console: Console, write: bool, ended: bool) -
         return
     report = summary(load_job(run_dir.config), found, read_steps(run_dir.metrics), None if ended else time.time())
     if write:
-        write_report(run_dir.path, report)
-        for incident in report.incidents:
-            write_cost(run_dir.path, incident.cost)
-    console.print(render(report))
+        try:
+            write_report(run_dir.path, report)
+            for incident in report.incidents:
+                write_cost(run_dir.path, incident.cost)
+        except OSError as error:
+            console.print(f"[bold red]the report could not be written:[/] {escape(str(error))}")
+    # Wrapped, not cut: a log file has no width.
+    console.print(render(report), soft_wrap=False, width=None if console.is_terminal else 160)
 
 
 def _config(command: Config, overrides: Sequence[str]) -> int:

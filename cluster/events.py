@@ -42,7 +42,7 @@ class AgentStarted(Event, frozen=True, kw_only=True, tag="agent_started"):
 
 
 class NodeReady(Event, frozen=True, kw_only=True, tag="node_ready"):
-    """An agent reported in, warm, with its preflight passed."""
+    """An agent reported in, warm: torch and the trainer are loaded in its fork server."""
 
     node: str
     host: str

@@ -21,7 +21,7 @@ from cluster.events import (
     SupervisorTookOver,
     VerdictGiven,
 )
-from trainer.events import StepRecord
+from trainer.events import LineFile, StepRecord
 
 Record = TypeVar("Record")
 
@@ -43,27 +43,22 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        size_bytes = os.fstat(self._fd).st_size
-        self._torn = size_bytes > 0 and os.pread(self._fd, 1, size_bytes - 1) != b"\n"
+        with path.open("a+b") as file:
+            size_bytes = file.tell()
+            torn = size_bytes > 0 and os.pread(file.fileno(), 1, size_bytes - 1) != b"\n"
+        self._file = LineFile(path, torn)
 
-    def append(self, event: Event) -> None:
+    def append(self, event: Event) -> OSError | None:
         """Write one event; those that a restarted supervisor decides by are on the disk when this returns.
 
-        Raises OSError if the line could not be written whole (a full disk); the next append starts a fresh line.
+        On a full disk the event waits in memory and the reason is returned: training does not end because its story
+        cannot be written, but a supervisor that dies before there is room leaves a gap.
         """
-        line = (b"\n" if self._torn else b"") + msgspec.json.encode(event) + b"\n"
-        self._torn = True
-        written = os.write(self._fd, line)
-        if written != len(line):
-            raise OSError(f"{self.path}: wrote {written} of {len(line)} bytes; is the disk full?")
-        self._torn = False
-        if isinstance(event, _DURABLE):
-            os.fsync(self._fd)
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
+        problem = self._file.keep(event)
+        if problem is None and isinstance(event, _DURABLE):
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        return problem
 
 
 def read_events(path: Path) -> list[AnyEvent]:

@@ -39,7 +39,6 @@ class RamShardInfo(msgspec.Struct, frozen=True):
     world_size: int
     step: int
     generation: int
-    layout_digest: str
 
 
 class Readiness(msgspec.Struct, frozen=True):

@@ -78,7 +78,7 @@ def summary(
     rate = statistics.median(rates) if rates else None
     return RunSummary(
         run=config.run.name,
-        outcome=_outcome(state),
+        outcome=_outcome(state, now_wall_s is not None),
         exit_code=state.exit_code,
         reason=state.stop_reason,
         attempt=state.attempt,
@@ -191,9 +191,9 @@ def _again(steps: int) -> str:
     return f"{steps or 'no'} finished {'step' if steps == 1 else 'steps'} computed again"
 
 
-def _outcome(state: JobState) -> str:
+def _outcome(state: JobState, supervised: bool) -> str:
     if state.exit_code is None:
-        return "running"
+        return "running" if supervised else "without a supervisor"
     return {ExitCode.DONE.value: "done", ExitCode.REQUEUE.value: "requeue"}.get(state.exit_code, "failed")
 
 

@@ -60,9 +60,9 @@ def _run_locked(
         if newest_snapshot(run_dir.path) >= config.training.steps:
             return ExitCode.DONE
     watcher.open()
-    with _journal(run_dir) as journal, _listening(run_dir) as socket:
+    with _listening(run_dir) as socket:
         supervisor = Supervisor(
-            config, run_dir, scheduler, socket, journal, state, alive if taking_over else {}, watcher
+            config, run_dir, scheduler, socket, Journal(run_dir.events), state, alive if taking_over else {}, watcher
         )
         with _signals(supervisor):
             _begin(supervisor, config, run_dir, state, scheduler, taking_over)
@@ -138,15 +138,6 @@ def _adopt(supervisor: Supervisor, state: JobState, run_dir: RunDir) -> None:
             ram_step=last.ram_step,
         )
     )
-
-
-@contextlib.contextmanager
-def _journal(run_dir: RunDir) -> Iterator[Journal]:
-    journal = Journal(run_dir.events)
-    try:
-        yield journal
-    finally:
-        journal.close()
 
 
 @contextlib.contextmanager

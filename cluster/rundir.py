@@ -23,7 +23,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     pid: int
 
 
-class RunInUseError(Exception):
+class RunInUseError(ValueError):
     """Another supervisor holds this run."""
 
 

@@ -117,8 +117,9 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def spares(self) -> tuple[str, ...]:
-        """Nodes that could take over ranks now, by name."""
-        return tuple(name for name in self.with_status(NodeStatus.READY) if name not in self.order)
+        """Nodes that could take over ranks, by name: those that are ready, then those still starting."""
+        candidates = (*self.with_status(NodeStatus.READY), *self.with_status(NodeStatus.STARTING))
+        return tuple(name for name in candidates if name not in self.order)
 
     @property
     def evicted(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ both pure; this file moves facts to them and their answers back.
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +28,12 @@ from configs.schema import JobConfig
 from health.crash import first_cause, judge_exit
 from health.verdict import Cause, Severity, Verdict
 from health.watchdog import Attention, Progress, lost_nodes
+from trainer.events import Fact, FactKind
 from trainer.exits import ExitCode
 
 _TICK_S = 0.05
+
+logger = logging.getLogger("everstep.supervisor")
 
 
 @dataclass
@@ -88,6 +92,8 @@ class Supervisor:
         self.attention = Attention(time.monotonic(), config.health.heartbeat_timeout_s / 2)
         self.incident: Incident | None = None
         self.facts_seen: dict[tuple[str, int], int] = {}
+        self.skipped_step = -1
+        self.journal_waits = False
         self.seen_exits: set[tuple[str, int, int]] = set()
         self.wish = Wish.RUN
         self.exit_code: ExitCode | None = None
@@ -139,6 +145,8 @@ class Supervisor:
             if numbered.number > self.facts_seen.get((report.node, report.pid), 0):
                 self.facts_seen[report.node, report.pid] = numbered.number
                 self.emit(events.WorkersReported, fact=numbered.fact)
+                if numbered.fact.kind is FactKind.UPDATE_SKIPPED:
+                    self._judge_skip(numbered.fact)
         if self.plan is not None and report.node in self.members and report.generation == self.plan.generation:
             self._take_exits(report)
             self.progress.feed(time.monotonic(), report.node, report.beats)
@@ -165,6 +173,30 @@ class Supervisor:
                 step=death.error.step if death.error else self.progress.newest_step,
             )
             self.suspect(verdict, death.t_wall_s, {f"rank-{death.rank}.log": "\n".join(death.log_tail).encode()})
+
+    def _judge_skip(self, fact: Fact) -> None:
+        """A verdict, but no incident (number 0), for a skipped update; later ones in a row share the first one's."""
+        follows, self.skipped_step = fact.step == self.skipped_step + 1, fact.step
+        if follows:
+            return
+        verdict = Verdict(
+            node=fact.node,
+            rank=-1,
+            cause=Cause.NONFINITE,
+            severity=Severity.NOTICE,
+            step=fact.step,
+            fingerprint=Cause.NONFINITE.value,
+            evidence=(fact.detail,),
+        )
+        self.emit(
+            events.VerdictGiven,
+            generation=fact.generation,
+            verdict=verdict,
+            t_failed_wall_s=fact.t_wall_s,
+            incident=0,
+        )
+        action = decide(verdict, self.state, self.config)
+        self.emit(events.ActionTaken, incident=0, action="nothing", reason=action.reason, node=fact.node)
 
     def send_order(self, node: str) -> None:
         """Tell a node the whole of what is wanted of it."""
@@ -235,7 +267,7 @@ class Supervisor:
             cause=Cause.NODE_LOST,
             severity=Severity.NODE,
             step=self.progress.newest_step,
-            fingerprint="node lost",
+            fingerprint=Cause.NODE_LOST.value,
             evidence=("the scheduler says that the node's agent is gone", *words),
         )
 
@@ -246,7 +278,7 @@ class Supervisor:
             cause=Cause.STARTUP_TIMEOUT,
             severity=Severity.NODE,
             step=self.progress.newest_step,
-            fingerprint="startup timeout",
+            fingerprint=Cause.STARTUP_TIMEOUT.value,
             evidence=(f"not ready after health.startup_timeout_s = {self.config.health.startup_timeout_s:g} s",),
         )
 
@@ -277,7 +309,10 @@ class Supervisor:
             incident=number,
         )
         action = decide(root, self.state, self.config)
-        write_incident(self.run_dir.path, number, root, incident.verdicts, incident.files)
+        try:
+            write_incident(self.run_dir.path, number, root, incident.verdicts, incident.files)
+        except OSError as error:
+            logger.warning("the evidence of incident %d could not be kept: %s", number, error)
         self._do(action, root, number)
 
     def _settle_s(self) -> float:
@@ -434,6 +469,9 @@ class Supervisor:
     def emit(self, kind: Callable[..., events.AnyEvent], **fields: object) -> None:
         """Write an event to the journal, and only then believe it."""
         event = kind(t_wall_s=time.time(), t_mono_s=time.monotonic(), **fields)
-        self.journal.append(event)
+        problem = self.journal.append(event)
+        if problem is not None and not self.journal_waits:
+            logger.warning("the journal waits in memory until there is room: %s", problem)
+        self.journal_waits = problem is not None
         self.state = apply(self.state, event)
         self.watcher.on_event(event)

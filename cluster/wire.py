@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ import zmq.auth.thread
 from cluster.keys import JobKeys
 from cluster.messages import MAX_MESSAGE_BYTES, AgentReport, Order, decode_order, decode_report, encode
 from cluster.rundir import Endpoint
+
+logger = logging.getLogger("everstep.wire")
 
 
 class _OnlyThisKey:
@@ -35,7 +38,6 @@ class SupervisorSocket:
     def __init__(self, keys: JobKeys, host: str = "127.0.0.1") -> None:
         self.keys = keys
         self.host = host
-        self.refused = 0
         self._context = zmq.Context()
         self._auth = zmq.auth.thread.ThreadAuthenticator(self._context)
         self._socket = self._context.socket(zmq.ROUTER)
@@ -57,7 +59,7 @@ class SupervisorSocket:
         return port
 
     def receive(self, timeout_s: float) -> Iterator[AgentReport]:
-        """Yield all reports that are there, waiting at most timeout_s for the first; malformed ones are counted."""
+        """Yield all reports that are there, waiting at most timeout_s for the first; malformed ones are refused."""
         if not self._socket.poll(max(0, int(timeout_s * 1000))):
             return
         while True:
@@ -68,7 +70,7 @@ class SupervisorSocket:
             try:
                 report = decode_report(b"".join(parts))
             except ValueError:
-                self.refused += 1
+                logger.warning("refused a malformed message of %d bytes", sum(len(part) for part in parts))
                 continue
             self._identities[report.node] = identity
             yield report
@@ -195,7 +197,10 @@ class AgentLink(threading.Thread):
 
     def _take_orders(self, socket: zmq.Socket[bytes]) -> None:
         while socket.poll(0):
-            self.on_order(decode_order(socket.recv()))
+            try:
+                self.on_order(decode_order(socket.recv()))
+            except ValueError as error:
+                logger.warning("ignored a malformed order: %s", error)
 
     def _drain_wakes(self, timeout_s: float) -> None:
         if self._wake_out.poll(int(timeout_s * 1000)):

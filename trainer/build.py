@@ -16,10 +16,10 @@ from configs.schema import JobConfig
 from parallelism.engine import Engine, build_engine
 from parallelism.mesh import World
 from trainer.data import Prefetcher, StepReader
-from trainer.events import FactKind, Phase
+from trainer.events import FactKind, LineFile, Phase
 from trainer.ledger import SampleLedger
 from trainer.main import DoNotRestartError, RankContext
-from trainer.paths import segments_dir
+from trainer.paths import metrics_path, segments_dir
 
 
 @dataclass
@@ -34,12 +34,20 @@ class Rank:
     engine: Engine
     data: Prefetcher
     ledger: SampleLedger | None
+    metrics: LineFile
     snapshots: SnapshotManager
     device: torch.device
     step: int
     first_step: int
     tokens_seen: int
     started_s: float
+    told: bool = False
+
+    def tell_once(self, problem: OSError | None) -> None:
+        """Say, the first time in a row, that the run directory takes no lines; they wait in memory."""
+        if problem is not None and not self.told:
+            self.context.note(FactKind.SNAPSHOT_FAILED, f"{problem}: metrics and ledger wait in memory")
+        self.told = problem is not None
 
 
 def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitStack, started_s: float) -> Rank:
@@ -49,7 +57,9 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
     """
     context.heart.beat(Phase.BUILDING)
     device = _device(context.local_rank)
-    has_snapshot = context.start.ram_step >= 0 or bool(list_snapshots(context.run_dir))
+    # Rank 0 looks for all: a commit at this moment must not make ranks disagree.
+    on_disk = _rank0_says([int(bool(list_snapshots(context.run_dir)))])[0]
+    has_snapshot = context.start.ram_step >= 0 or bool(on_disk)
     engine = build_engine(
         config, World(context.rank, context.world_size, context.local_rank, device), init_weights=not has_snapshot
     )
@@ -79,6 +89,7 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         engine=engine,
         data=data,
         ledger=SampleLedger(context.run_dir, engine.dp_rank, context.start.generation) if first_of_dp else None,
+        metrics=LineFile(metrics_path(context.run_dir)),
         snapshots=snapshots,
         device=device,
         step=step,

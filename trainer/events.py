@@ -7,10 +7,12 @@ system call, no lock. A sequence number that is odd during a write lets the read
 from __future__ import annotations
 
 import enum
+import errno
 import mmap
 import os
 import struct
 import time
+from collections import deque
 from pathlib import Path
 
 import msgspec
@@ -186,10 +188,44 @@ class Heart:
 
 
 def append_line(path: Path, record: msgspec.Struct) -> None:
-    """Append one record as a JSON line, in a single write so that lines of several writers never mix."""
-    line = msgspec.json.encode(record) + b"\n"
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(fd, line)
-    finally:
-        os.close(fd)
+    """Append one record as a JSON line, in a single write so that lines of several writers never mix.
+
+    Raises OSError if it could not be written whole.
+    """
+    LineFile(path).write(record)
+
+
+class LineFile:
+    """A file of JSON lines with one writer, which a full disk delays and does not break.
+
+    torn: it ends in a cut-off line.
+    """
+
+    def __init__(self, path: Path, torn: bool = False) -> None:
+        self.path = path
+        self._waiting: deque[bytes] = deque()
+        self._torn = torn
+
+    def keep(self, record: msgspec.Struct) -> OSError | None:
+        """Append the record, or keep it in memory until a later call finds room; returns what was in the way."""
+        try:
+            self.write(record)
+        except OSError as error:
+            return error
+        return None
+
+    def write(self, record: msgspec.Struct) -> None:
+        """Append the record behind all that still waits. Raises OSError, and the line waits, if there is no room."""
+        self._waiting.append(msgspec.json.encode(record) + b"\n")
+        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            while self._waiting:
+                # Behind a line that was cut off, a fresh one begins: readers skip the torn one.
+                line = (b"\n" if self._torn else b"") + self._waiting[0]
+                written = os.write(fd, line)
+                self._torn = 0 < written < len(line)
+                if written != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                self._waiting.popleft()
+        finally:
+            os.close(fd)

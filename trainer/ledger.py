@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from trainer.events import append_line
+from trainer.events import LineFile
 
 
 class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +42,7 @@ class SampleLedger:
         """Open for appending; ends a line that an earlier writer left cut off."""
         samples_dir(run_dir).mkdir(parents=True, exist_ok=True)
         self._path = samples_dir(run_dir) / f"dp-{dp_rank}.jsonl"
+        self._file = LineFile(self._path)
         self._dp_rank = dp_rank
         self._generation = generation
         with self._path.open("a+b") as file:
@@ -50,12 +51,12 @@ class SampleLedger:
                 if file.read(1) != b"\n":
                     file.write(b"\n")
 
-    def append(self, step: int, first: int, count: int, digest: str) -> None:
-        """Write down what this rank reads in a step."""
+    def append(self, step: int, first: int, count: int, digest: str) -> OSError | None:
+        """Write down what this rank reads in a step; on a full disk the line waits in memory, and why is returned."""
         line = LedgerLine(
             step=step, generation=self._generation, dp_rank=self._dp_rank, first=first, count=count, digest=digest
         )
-        append_line(self._path, line)
+        return self._file.keep(line)
 
 
 def committed_samples(run_dir: Path) -> dict[int, tuple[LedgerLine, ...]]:

@@ -12,9 +12,8 @@ from torch import Tensor
 from checkpointing.verify import committed_generation
 from parallelism.schedule import learning_rate
 from trainer.build import Rank
-from trainer.events import FactKind, Phase, StepRecord, append_line
+from trainer.events import FactKind, Phase, StepRecord
 from trainer.metrics import bf16_peak_tflops, host_memory_gib, utilisation_pct
-from trainer.paths import metrics_path
 
 _DRAIN_POLL_S = 0.005
 _RETRY_S = 5.0
@@ -90,7 +89,7 @@ def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
     batch = rank.data.get(step)
     data_s = time.monotonic() - began_s
     if rank.ledger is not None:
-        rank.ledger.append(step, batch.first, batch.count, batch.digest)
+        rank.tell_once(rank.ledger.append(step, batch.first, batch.count, batch.digest))
     heart.beat(Phase.FORWARD_BACKWARD)
     engine.seed_step(step)
     loss = engine.forward_backward(torch.from_numpy(batch.tokens))
@@ -167,7 +166,7 @@ def publish(rank: Rank, stats: StepStats, step_s: float) -> None:
         memory_pct=memory_pct,
         skipped=stats.skipped,
     )
-    append_line(metrics_path(rank.context.run_dir), record)
+    rank.tell_once(rank.metrics.keep(record))
 
 
 def _memory(device: torch.device) -> tuple[float, float | None]:

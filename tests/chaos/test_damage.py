@@ -8,6 +8,7 @@ import pytest
 
 from tests.chaos import faults
 from tests.chaos.conftest import MakeJob
+from trainer.ledger import check_exactly_once, committed_samples
 
 pytestmark = pytest.mark.chaos
 
@@ -41,8 +42,7 @@ def test_a_full_disk_costs_snapshots_but_no_step(make_job: MakeJob) -> None:
     """Promise: when no snapshot can be written, training goes on, says so, and saves again when there is room."""
     overrides = ("--checkpoint.persist_interval_steps", "2", "--cluster.spares", "0", "--training.steps", "16")
     job = make_job("full-disk", overrides)
-    job.run_dir.mkdir(parents=True)
-    disk = faults.SmallDisk(job.run_dir / "checkpoints", size_bytes=64 << 20)
+    disk = faults.SmallDisk(job.run_dir, size_bytes=96 << 20)
     with disk:
         job.start()
         job.wait_for_step(3)
@@ -52,3 +52,5 @@ def test_a_full_disk_costs_snapshots_but_no_step(make_job: MakeJob) -> None:
         assert job.finish() == 0, job.said()
         assert "No space left" in job.said()
         assert (job.run_dir / "checkpoints" / "step-16" / "manifest.json").exists()
+        assert sorted(job.losses()) == list(range(1, 17))
+        check_exactly_once(committed_samples(job.run_dir), 16, 8)

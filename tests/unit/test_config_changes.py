@@ -32,9 +32,10 @@ def test_equal_jobs_have_no_changes() -> None:
 
 
 def test_changes_carry_both_values() -> None:
-    overrides = ["--parallelism.tp=1", "--parallelism.dp_shard=4", "--run.seed=3"]
+    overrides = ["--parallelism.tp=1", "--parallelism.dp_shard=4", "--run.seed=3", "--training.microbatch_size=2"]
     overrides += ["--data.sets", '[{path = "other"}]']
     changes = {change.key: change for change in describe_changes(load_job("demo"), load_job("demo", overrides))}
-    assert {key for key, change in changes.items() if change.allowed} == {"parallelism.tp", "parallelism.dp_shard"}
+    allowed = {"parallelism.tp", "parallelism.dp_shard", "training.microbatch_size"}
+    assert {key for key, change in changes.items() if change.allowed} == allowed
     assert {key for key, change in changes.items() if not change.allowed} == {"run.seed", "data.sets"}
     assert (changes["parallelism.dp_shard"].old, changes["parallelism.dp_shard"].new) == (2, 4)
