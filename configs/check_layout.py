@@ -19,6 +19,9 @@ def check_layout(config: JobConfig, facts: ModelFacts | None) -> list[Problem]:
         problems.append(
             Problem("parallelism.cp", config.parallelism.cp, f"context parallelism does not run yet; {fix}")
         )
+    if facts is not None and config.model.layers > facts.n_layers:
+        what = f"{config.model.flavor} has {facts.n_layers} layers; give fewer, or 0 for all of them"
+        problems.append(Problem("model.layers", config.model.layers, what))
     if facts is not None:
         problems += _check_tensor(config, facts) + _check_experts(config, facts) + _check_stages(config, facts)
     return problems

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,13 +21,14 @@ from trainer.events import FactKind, LineFile, Phase
 from trainer.ledger import SampleLedger
 from trainer.main import DoNotRestartError, RankContext
 from trainer.paths import metrics_path, segments_dir
+from trainer.prepared import read_info
 
 
 @dataclass
 class Rank:
     """Everything the step loop uses. step is the last one whose update is in the weights.
 
-    first_step: the one this process began with; started_s: monotonic time at which the process began.
+    first_step: the one this process began with; eod_id: None where attention knows no documents; started_s: monotonic time at which the process began.
     """
 
     context: RankContext
@@ -39,6 +41,7 @@ class Rank:
     device: torch.device
     step: int
     first_step: int
+    eod_id: int | None
     tokens_seen: int
     started_s: float
     told: bool = False
@@ -94,6 +97,7 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         device=device,
         step=step,
         first_step=step + 1,
+        eod_id=_eod_id(config) if engine.needs_masks else None,
         tokens_seen=tokens_seen,
         started_s=started_s,
     )
@@ -116,6 +120,18 @@ def _resume(context: RankContext, snapshots: SnapshotManager) -> tuple[int, int]
     if context.rank == 0:
         context.note(FactKind.LOADED, f"from {loaded.tier}", seconds=time.monotonic() - began_s, step=loaded.step)
     return loaded.step, int(loaded.scalars["tokens_seen"])
+
+
+def _eod_id(config: JobConfig) -> int:
+    """The token that ends a document, which keeps documents apart where attention can."""
+    path = config.data.sets[0].path
+    info = read_info(Path(path))
+    if info is None:
+        raise ValueError(
+            f"{path}.json is missing, so the end of a document is not known; prepare the set with `everstep data "
+            "prepare`, or set model.attention = 'sdpa'"
+        )
+    return info.eod_id
 
 
 def _device(local_rank: int) -> torch.device:

@@ -34,6 +34,15 @@ class StepBatch:
     digest: str
 
 
+def document_positions(tokens: Tokens, eod_id: int) -> Tokens:
+    """Position of every input token in its document, int64 [B, S] for tokens [B, S + 1]; 0 follows each EOD."""
+    inputs = tokens[:, :-1]
+    places = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int64), inputs.shape)
+    begins = np.zeros(inputs.shape, dtype=bool)
+    begins[:, 1:] = inputs[:, :-1] == eod_id
+    return places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+
+
 class SetReader:
     """Samples of one set by number, for ever: sample i is window i mod W of epoch i div W.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from checkpointing.verify import committed_generation
 from parallelism.schedule import learning_rate
 from trainer.build import Rank
+from trainer.data import document_positions
 from trainer.events import FactKind, Phase, StepRecord
 from trainer.metrics import bf16_peak_tflops, host_memory_gib, utilisation_pct
 
@@ -92,7 +93,8 @@ def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
         rank.tell_once(rank.ledger.append(step, batch.first, batch.count, batch.digest))
     heart.beat(Phase.FORWARD_BACKWARD)
     engine.seed_step(step)
-    loss = engine.forward_backward(torch.from_numpy(batch.tokens))
+    positions = None if rank.eod_id is None else torch.from_numpy(document_positions(batch.tokens, rank.eod_id))
+    loss = engine.forward_backward(torch.from_numpy(batch.tokens), positions)
     grad_norm = engine.clip_grad_norm(rank.config.training.max_grad_norm)
     # The weights may not change under a copy of them.
     stall_s = rank.snapshots.wait()

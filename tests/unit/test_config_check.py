@@ -105,6 +105,7 @@ def test_expert_parallelism_divides_ranks_and_experts(ep: int, dp_shard: int, tp
         (["--training.global_batch_size=5"], ["dp_replicate 1 * dp_shard 2 = 2", "set 6"]),
         (["--training.microbatch_size=3"], ["--training.microbatch_size 3", "1, 2"]),
         (["--parallelism.pp=4", "--model.layers=2"], ["--parallelism.pp 4", "4 stages of 2 layers", "at most 2"]),
+        (["--model.layers=7"], ["--model.layers 7", "6 layers", "give fewer"]),
         (["--optimizer.warmup_steps=21"], ["training.steps = 20", "at most 20", "at least 21"]),
         (["--optimizer.schedule=wsd", "--optimizer.decay_fraction=1.0"], ["decay_fraction", "at most 0.9"]),
         (["--optimizer.beta2=1.0"], ["optimizer.beta2", "below 1"]),

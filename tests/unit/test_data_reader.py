@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configs.schema import DataConfig, DataSet, JobConfig, ModelConfig, RunConfig, TrainingConfig
-from trainer.data import Prefetcher, StepReader
+from trainer.data import Prefetcher, StepReader, document_positions
 from trainer.indexed import CorpusWriter, bin_path, idx_path
 from trainer.ledger import SampleLedger, check_exactly_once, committed_samples
 from trainer.prepare import PrepareSettings, prepare
@@ -241,3 +243,18 @@ class Recording(StepReader):
     def wait_for(self, count: int) -> None:
         with self._read:
             assert self._read.wait_for(lambda: len(self.steps) >= count, timeout=30)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=12), min_size=1, max_size=3).filter(
+        lambda rows: len({len(row) for row in rows}) == 1
+    )
+)
+def test_positions_restart_behind_every_end_of_document(rows: list[list[int]]) -> None:
+    """Token 0 ends a document; a sequence begins at 0 also where it begins inside of one."""
+    found = document_positions(np.array(rows, dtype=np.int64), 0)
+    for row, positions in zip(rows, found, strict=True):
+        expected = [0]
+        for token in row[:-2]:
+            expected.append(0 if token == 0 else expected[-1] + 1)
+        assert positions.tolist() == expected
