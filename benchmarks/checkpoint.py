@@ -14,7 +14,7 @@ RANKS = 2
 SAVERS = ("none", "everstep", "dcp.async_save", "dcp.save")
 SIZES = {
     "small": {"layers": 6, "vocab_size": 2048},
-    "large": {"layers": 40, "vocab_size": 32768},
+    "large": {"layers": 6, "vocab_size": 49152},
 }
 FIXED = {"steps": 1000, "seq_len": 64, "global_batch_size": 4, "microbatch_size": 2, "ranks": RANKS}
 
@@ -32,7 +32,7 @@ NOTES = (
 def main() -> None:
     """Measure, show, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=10, help="measured steps in each round")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps in each round")
     parser.add_argument("--rounds", type=int, default=2, help="rounds over all savers")
     parser.add_argument("--no-wait", action="store_true", help="do not wait for a quiet machine")
     options = parser.parse_args()

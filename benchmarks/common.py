@@ -173,6 +173,11 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, poll_
         time.sleep(poll_s)
 
 
+def tail(log: Path, lines: int = 20) -> str:
+    """Last lines of a program's output."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
 def show(result: Result, order: Sequence[Series] | None = None) -> None:
     """The figures as a table, ratios below them."""
     table = Table(title=f"{result.benchmark}: {result.taken_at}", title_justify="left")

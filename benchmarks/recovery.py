@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.common import JOB, console, show, small_corpus, wait_for_quiet, wait_until, workspace
+from benchmarks.common import JOB, console, show, small_corpus, tail, wait_for_quiet, wait_until, workspace
 from benchmarks.recovery_sides import Everstep, Recovery, Side, Step, Torchrun, kill_and_recover
 from benchmarks.results import Result, Series, machine, now, ratio, series, settings, versions, write_result
 from trainer.main import PRELOAD
@@ -67,6 +67,9 @@ def main() -> None:
             for side in sides:
                 _block(side, samples[side.name], options.kills, block, dice)
         fork_s = _fork_times()
+    for name, sample in samples.items():
+        if not sample.recoveries:
+            raise SystemExit(f"{name} never recovered: nothing to compare")
     found = [*_series("everstep", samples["everstep"]), *_series("torchrun", samples["torchrun"])]
     found.append(series("limit", "one step, undisturbed (everstep)", "s", samples["everstep"].step_s))
     found.append(series("limit", "fork of a warm process", "s", fork_s))
@@ -114,7 +117,8 @@ def _block(side: Side, into: Samples, kills: int, block: int, dice: random.Rando
             )  # fmt: skip
     except TimeoutError as error:
         into.failures += 1
-        console.print(f"[bold red]{error}[/]")
+        console.print(f"[bold red]{error}[/]; its last lines:")
+        console.print(tail(side.log), markup=False, highlight=False)
     finally:
         side.stop()
 

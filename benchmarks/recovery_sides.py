@@ -52,6 +52,7 @@ class Side(Protocol):
     """One way to run the job."""
 
     name: str
+    log: Path
 
     def start(self) -> None:
         """Start the job anew."""
@@ -101,7 +102,8 @@ class Everstep:
             "-m", "cluster.cli", "run", str(self.job), "--run.dir", str(self.place.disk / "runs"), "--run.name", name,
             "--telemetry.wandb", "off", "--checkpoint.ram_dir", str(self.place.memory),
         ]  # fmt: skip
-        self.pid = self.place.start(arguments, self.place.disk / f"{name}.out")
+        self.log = self.place.disk / f"{name}.out"
+        self.place.start(arguments, self.log)
 
     def steps(self) -> list[Step]:
         """See Side."""
@@ -181,7 +183,8 @@ class Torchrun:
             "-m", "benchmarks.recovery_peer", str(self.job), str(folder), self.saver,
         ]  # fmt: skip
         environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        self.pid = self.place.start(arguments, self.place.disk / f"{folder.name}.out", environment)
+        self.log = self.place.disk / f"{folder.name}.out"
+        self.place.start(arguments, self.log, environment)
 
     def steps(self) -> list[Step]:
         """See Side."""

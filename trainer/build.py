@@ -28,7 +28,8 @@ from trainer.prepared import read_info
 class Rank:
     """Everything the step loop uses. step is the last one whose update is in the weights.
 
-    first_step: the one this process began with; eod_id: None where attention knows no documents; started_s: monotonic time at which the process began.
+    first_step: the one this process began with. eod_id: None where attention knows no documents. started_s: monotonic
+    time at which the process began.
     """
 
     context: RankContext
