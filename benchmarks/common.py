@@ -196,8 +196,8 @@ def show(result: Result, order: Sequence[Series] | None = None) -> None:
         )  # fmt: skip
         previous = each.side
     console.print(table)
-    for each in result.ratios:
-        _show_ratio(each)
+    for found in result.ratios:
+        _show_ratio(found)
     for note in result.notes:
         console.print(f"[dim]- {note}[/]", highlight=False)
 

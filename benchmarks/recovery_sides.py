@@ -6,10 +6,10 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from benchmarks.common import Workspace
 from benchmarks.recovery_lines import Begun, Finished, Reader
@@ -21,6 +21,7 @@ from trainer.events import HeartbeatFile, Phase, StepRecord
 from trainer.paths import heartbeat_path
 
 NODE = "node0"
+Wanted = TypeVar("Wanted")
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def kill_and_recover(side: Side, rank: int, delay_s: float, timeout_s: float) ->
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         side.look()
-        found = _recovered(side.steps(), killed_s)
+        found = recovered(side.steps(), killed_s)
         if found is not None:
             before, first, new = found
             return Recovery(
@@ -244,7 +245,7 @@ def kill_and_recover(side: Side, rank: int, delay_s: float, timeout_s: float) ->
     raise TimeoutError(f"{side.name} did not train again within {timeout_s:g} s")
 
 
-def _recovered(steps: list[Step], killed_s: float) -> tuple[Step, Step, Step] | None:
+def recovered(steps: list[Step], killed_s: float) -> tuple[Step, Step, Step] | None:
     """The last step of the old life, the first of the new one, and the first new one; None as long as there is none."""
     before = max((s for s in steps if s.t_wall_s <= killed_s), key=lambda s: (s.life, s.step))
     before = max((s for s in steps if s.life == before.life), key=lambda s: s.step)
@@ -253,5 +254,5 @@ def _recovered(steps: list[Step], killed_s: float) -> tuple[Step, Step, Step] | 
     return None if new is None else (before, next(s for s in after if s.life == new.life), new)
 
 
-def _first(events: list[AnyEvent], kind: type) -> VerdictGiven | ActionTaken:
+def _first(events: Sequence[AnyEvent], kind: type[Wanted]) -> Wanted:
     return next(event for event in events if isinstance(event, kind))

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from checkpointing.store import NodeStore, StoreEvent
+from checkpointing.store import NodeStore, StoreEvent, StoreEventKind
 
 
 class Persister:
@@ -52,9 +52,17 @@ class Persister:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def _one_round(self) -> list[StoreEvent]:
+        """What happened; a defect of ours is said like any failure, and does not end all persisting in silence."""
+        try:
+            return self.store.persist_pending() + self.store.commit_pending()
+        except Exception as error:  # noqa: BLE001  the thread must outlive it, and it is reported
+            detail = f"persisting failed unexpectedly: {type(error).__name__}: {error}"
+            return [StoreEvent(kind=StoreEventKind.FAILED, step=-1, generation=-1, rank=-1, seconds=0.0, detail=detail)]
+
     def _run(self) -> None:
         while not self._stopping:
-            for event in self.store.persist_pending() + self.store.commit_pending():
+            for event in self._one_round():
                 self.report(event)
             with self._idle:
                 self._rounds += 1

@@ -10,22 +10,27 @@ from checkpointing.layout import MANIFEST_NAME, SnapshotDamagedError, parse_shar
 
 
 def apply_retention(run_dir: Path, keep_last: int, keep_every_steps: int) -> list[int]:
-    """Remove what no longer has to stay, after a commit; returns the steps removed, oldest last.
+    """Remove what no longer has to stay, after a commit; returns the steps removed, newest first.
 
     The keep_last newest snapshots that look whole stay (damaged ones do not count), and every keep_every_steps-th
-    (0: none). Uncommitted leftovers older than the newest whole snapshot go as well. OSError if a removal fails.
+    (0: none). Newest means of the latest generation first: after a run went on from an older step, the steps beyond
+    it belong to a history that was given up, and may be damaged in ways that only reading them all would show.
+    Uncommitted leftovers of older generations, or older than the newest whole snapshot, go as well. OSError if a
+    removal fails.
     """
-    whole = [step for step in disk.committed_steps(run_dir) if _looks_whole(run_dir, step)]
-    if not whole:
+    ages = {step: age for step in disk.committed_steps(run_dir) if (age := _age_if_whole(run_dir, step)) is not None}
+    if not ages:
         return []
-    kept = set(whole[:keep_last])
+    newest_first = sorted(ages, key=lambda step: ages[step], reverse=True)
+    kept = set(newest_first[:keep_last])
     if keep_every_steps:
-        kept |= {step for step in whole if step % keep_every_steps == 0}
-    oldest_recent = min(whole[:keep_last])
+        kept |= {step for step in ages if step % keep_every_steps == 0}
     removed = []
     for step in disk.all_steps(run_dir):
         has_manifest = (disk.step_dir(run_dir, step) / MANIFEST_NAME).is_file()
-        if step not in kept and step < (oldest_recent if has_manifest else whole[0]):
+        # A folder without a manifest beyond the newest may be a snapshot under way; a damaged one is left to a person
+        # as long as anything newer than it could still need it.
+        if step not in kept and (step in ages or (step < newest_first[0] and (not has_manifest or step < min(kept)))):
             remove_snapshot(run_dir, step)
             removed.append(step)
     return removed
@@ -65,9 +70,12 @@ def remove_uncommitted_shards(run_dir: Path, rank: int, before_step: int, keep: 
             path.unlink(missing_ok=True)
 
 
-def _looks_whole(run_dir: Path, step: int) -> bool:
+def _age_if_whole(run_dir: Path, step: int) -> tuple[int, int] | None:
+    """(generation, step) of a snapshot whose files are there in full size, None of any other."""
     try:
         manifest = disk.read_manifest(run_dir, step)
     except SnapshotDamagedError:
-        return False
-    return all(disk.size_problem(run_dir, step, shard) is None for shard in manifest.shards)
+        return None
+    if any(disk.size_problem(run_dir, step, shard) is not None for shard in manifest.shards):
+        return None
+    return manifest.generation, step

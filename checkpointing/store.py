@@ -197,20 +197,34 @@ class NodeStore:
         path = folder / shard_file_name(control.generation, control.rank)
         temporary = path.with_name(path.name + ".tmp")
         name = f"{folder.name}/{path.name}"
+        replaced = False
         try:
             found = _copy_out(fd, control.size_bytes, temporary)
             if found != control.checksum:
                 raise SnapshotDamagedError(f"{name}: bytes in memory have changed since they were staged")
             meta = _describe(fd, control, name)
+            if self._is_there(folder, control, meta):
+                temporary.unlink()
+                return
+            replaced = True
             temporary.replace(path)
             disk.sync_dir(folder)
             disk.write_atomic(folder / sidecar_name(control.generation, control.rank), encode_document(meta))
         except (OSError, SnapshotDamagedError):
             temporary.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            if replaced:
+                path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # others may have files in it
                 folder.rmdir()
             raise
+
+    def _is_there(self, folder: Path, control: Control, meta: ShardMeta) -> bool:
+        """Whether this very shard was persisted before: a retry after another rank's failure writes nothing anew."""
+        sidecar = folder / sidecar_name(control.generation, control.rank)
+        with contextlib.suppress(OSError, SnapshotDamagedError):
+            known = decode_document(sidecar.read_bytes(), ShardMeta, sidecar.name)
+            return known == meta and disk.shard_problem(self.run_dir, control.step, meta.shard) is None
+        return False
 
     def _make_room(self, control: Control | None) -> None:
         if control is not None:

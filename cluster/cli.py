@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -164,12 +165,16 @@ def dispatch(arguments: Sequence[str]) -> int:
         return ExitCode.BAD_INPUT
     except BrokenPipeError:
         return ExitCode.DONE
+    except KeyboardInterrupt:
+        errors.print("interrupted; the same command begins again")
+        return ExitCode.REQUEUE
     except (ValueError, OSError) as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return ExitCode.BAD_INPUT if isinstance(error, ValueError) else ExitCode.FAILED
 
 
 def _run(command: Run, overrides: Sequence[str]) -> int:
+    from cluster.console import SteadyConsole
     from cluster.run import run_job
     from cluster.rundir import RunDir
     from configs.load import check_files, load_job
@@ -178,9 +183,19 @@ def _run(command: Run, overrides: Sequence[str]) -> int:
     if problems := check_files(config):
         raise ConfigError(problems)
     run_dir = RunDir.of(config)
-    console = Console(soft_wrap=True)
+    console = SteadyConsole(soft_wrap=True)
     with _watching(config, run_dir, console) as watcher:
-        code = run_job(config, watcher, _newest_verified_snapshot)
+        try:
+            code = run_job(config, watcher, _newest_verified_snapshot)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:
+            log = run_dir.path / "supervisor-error.log"
+            log.write_text(traceback.format_exc())
+            raise OSError(
+                f"the supervisor failed ({type(error).__name__}: {error}; {log} has it all); training goes on without "
+                "it, and the same command takes over"
+            ) from error
     if code == ExitCode.DONE and not watcher.saw_events:
         console.print(
             f"run {config.run.name} is already at step {config.training.steps}; raise training.steps to go on, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from rich.console import Console
@@ -17,6 +18,15 @@ from trainer.events import FactKind, StepRecord
 
 _ETTR_EVERY_S = 5.0
 _ETTR_COST_SHARE = 0.02
+
+
+class SteadyConsole(Console):
+    """A console that falls silent when nobody reads it any more, instead of ending the supervisor."""
+
+    def on_broken_pipe(self) -> None:
+        """The reader went away (`everstep run ... | head`)."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class ConsoleWatcher:
@@ -65,7 +75,11 @@ class ConsoleWatcher:
             line = format_step_line(record, self.ettr, eta_s(self._recent, self.ettr))
             self.console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {escape(line)}", highlight=False)
         if self.sink is not None and lines.records:
-            self.sink.log(lines.records, self.ettr)
+            try:
+                self.sink.log(lines.records, self.ettr)
+            except ValueError as error:
+                self.console.print(f"[bold red]telemetry is off from here on:[/] {escape(str(error))}")
+                self.sink = None
 
     @property
     def ettr(self) -> float | None:

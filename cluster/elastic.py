@@ -31,6 +31,7 @@ from cluster.messages import Plan
 
 _STORE_TIMEOUT = timedelta(seconds=60)
 _RESTARTS_WITHOUT_END = 1 << 30
+_IDENTICAL = {"TORCH_ELASTIC_WORKER_IDENTICAL": "1"}
 
 
 class Planner(Protocol):
@@ -71,19 +72,16 @@ class AssignedRendezvous(RendezvousHandler):
         return "everstep"
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Host a fresh store, wait for the plan, and join the store that the plan names."""
+        """Host a fresh store, wait for the plan; workers join the store of the first node that it names."""
         self._server = TCPStore(self.host, 0, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT)
         self.plan = self.planner.await_plan(self._server.port)
         if self.plan is None:
             raise RendezvousGracefulExitError("the supervisor let this node go")
         rank = self.plan.nodes.index(self.node)
-        store = (
-            self._server
-            if rank == 0
-            else TCPStore(self.plan.store_host, self.plan.store_port, is_master=False, timeout=_STORE_TIMEOUT)
-        )
+        # Every node has as many workers, so torch elastic works ranks out without a store (see `_IDENTICAL`): an
+        # agent that asked the store of a node that has just died would wait, deaf to the supervisor.
         return RendezvousInfo(
-            PrefixStore("agents", store),
+            PrefixStore("agents", self._server),
             rank,
             len(self.plan.nodes),
             RendezvousStoreInfo(self.plan.store_host, self.plan.store_port),
@@ -153,6 +151,7 @@ class NodeElasticAgent(LocalElasticAgent):
             max_restarts=_RESTARTS_WITHOUT_END,
             monitor_interval=monitor_interval_s,
         )
+        os.environ.update(_IDENTICAL)
         super().__init__(spec, logs_specs=_OwnLogs(scratch), start_method="forkserver", exit_barrier_timeout=0)
         self._rendezvous_handler = rendezvous
         self._worker_argument = worker_argument

@@ -43,10 +43,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            size_bytes = file.tell()
-            torn = size_bytes > 0 and os.pread(file.fileno(), 1, size_bytes - 1) != b"\n"
-        self._file = LineFile(path, torn)
+        path.touch()
+        self._file = LineFile(path)
 
     def append(self, event: Event) -> OSError | None:
         """Write one event; those that a restarted supervisor decides by are on the disk when this returns.

@@ -15,7 +15,7 @@ from cluster.local import LocalScheduler
 from cluster.messages import Plan
 from cluster.rundir import Endpoint, RunDir, write_atomically
 from cluster.scheduler import Scheduler
-from cluster.state import JobState, NodeStatus, replay
+from cluster.state import RESTARTING_ACTIONS, JobState, replay
 from cluster.supervisor import Supervisor, Watcher
 from cluster.wire import SupervisorSocket
 from configs.load import ConfigError, Problem, describe_changes, load_job, resolve_toml
@@ -46,15 +46,14 @@ def _run_locked(
 ) -> ExitCode:
     state = replay(read_events(run_dir.events))
     scheduler = LocalScheduler(run_dir, config.checkpoint.ram_dir)
-    alive = {
-        name: node.handle
-        for name, node in state.nodes.items()
-        if node.status is not NodeStatus.EVICTED and node.handle and scheduler.alive(node.handle)
-    }
-    taking_over = bool(alive) and state.exit_code is None
+    handles = {name: node.handle for name, node in state.nodes.items() if node.handle}
+    fit = {name: handle for name, handle in handles.items() if name not in state.evicted}
+    taking_over = state.exit_code is None and any(scheduler.alive(handle) for handle in fit.values())
     _accept_config(config, run_dir, taking_over)
-    for node, handle in {} if taking_over else alive.items():
-        scheduler.kill(node, handle)
+    for node, handle in handles.items():
+        # Without a take-over nobody may be left; with one, an evicted node that its supervisor did not get to kill.
+        if scheduler.alive(handle) and not (taking_over and node in fit):
+            scheduler.kill(node, handle)
     if not taking_over:
         scheduler.close()
         if newest_snapshot(run_dir.path) >= config.training.steps:
@@ -62,7 +61,7 @@ def _run_locked(
     watcher.open()
     with _listening(run_dir) as socket:
         supervisor = Supervisor(
-            config, run_dir, scheduler, socket, Journal(run_dir.events), state, alive if taking_over else {}, watcher
+            config, run_dir, scheduler, socket, Journal(run_dir.events), state, fit if taking_over else {}, watcher
         )
         with _signals(supervisor):
             _begin(supervisor, config, run_dir, state, scheduler, taking_over)
@@ -124,10 +123,13 @@ def _start_agents(supervisor: Supervisor, config: JobConfig, scheduler: Schedule
 
 def _adopt(supervisor: Supervisor, state: JobState, run_dir: RunDir) -> None:
     """Take up the newest planned generation; without one the agents are still waiting for their first."""
-    plans = [event for event in read_events(run_dir.events) if isinstance(event, events.GenerationPlanned)]
+    found = read_events(run_dir.events)
+    plans = [event for event in found if isinstance(event, events.GenerationPlanned)]
     if not state.generation or not plans or not state.order:
         return
     last = plans[-1]
+    later = found[found.index(last) :]
+    decided = any(isinstance(e, events.ActionTaken) and e.action in RESTARTING_ACTIONS for e in later)
     supervisor.adopt(
         Plan(
             generation=last.generation,
@@ -136,7 +138,9 @@ def _adopt(supervisor: Supervisor, state: JobState, run_dir: RunDir) -> None:
             store_host=last.store_host,
             store_port=last.store_port,
             ram_step=last.ram_step,
-        )
+        ),
+        state.order,
+        decided,
     )
 
 

@@ -91,6 +91,7 @@ class Supervisor:
         self.progress = Progress(0, {}, config.health, time.monotonic())
         self.attention = Attention(time.monotonic(), config.health.heartbeat_timeout_s / 2)
         self.incident: Incident | None = None
+        self.adopted: frozenset[str] = frozenset()
         self.facts_seen: dict[tuple[str, int], int] = {}
         self.skipped_step = -1
         self.journal_waits = False
@@ -120,11 +121,20 @@ class Supervisor:
         self.shut_down()
         return self.exit_code
 
-    def adopt(self, plan: Plan) -> None:
-        """Go on with a generation that a dead supervisor planned."""
-        self.members = plan.nodes
+    def adopt(self, plan: Plan, order: Sequence[str], interrupted: bool) -> None:
+        """Go on with the generation that a dead supervisor planned last.
+
+        order: who holds the ranks since its last decision; interrupted: it decided on a new generation, and died
+        before it had planned that.
+        """
+        self.adopted = frozenset(self.handles)
+        self.expected_since = dict.fromkeys(self.handles, time.monotonic())
+        self.members = tuple(order)
         self.target_generation = plan.generation
-        self._follow(plan)
+        if interrupted or tuple(order) != plan.nodes:
+            self.next_generation(order, "the last supervisor had decided on it")
+        else:
+            self._follow(plan)
 
     def interrupt(self, number: int) -> None:
         """Signal handler: the first asks the job to save and leave, the second does not wait for it."""
@@ -138,6 +148,7 @@ class Supervisor:
         if report.node not in self.handles:
             return
         known = self.views.get(report.node)
+        self._catch_up(report)
         self.views[report.node] = AgentView(report, time.monotonic())
         if report.readiness is not None and (known is None or known.report.readiness is None) and not report.generation:
             self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid)
@@ -155,6 +166,13 @@ class Supervisor:
                     events.NodeFinished, node=report.node, generation=report.generation, step=report.finished_step
                 )
         self.send_order(report.node)
+
+    def _catch_up(self, report: AgentReport) -> None:
+        """Agents may know a newer generation than the journal of a supervisor that died: never fall behind them."""
+        heard_of = report.readiness.ready_for if report.readiness else 0
+        if self.members and max(heard_of, report.generation) > self.target_generation:
+            self.target_generation = max(heard_of - 1, report.generation)
+            self.next_generation(self.members, "agents knew a newer generation than the journal")
 
     def _take_exits(self, report: AgentReport) -> None:
         for death in report.exits:
@@ -255,7 +273,9 @@ class Supervisor:
         present = {n: h for n, h in self.handles.items() if n not in self.state.evicted}
         gone = [n for n, handle in present.items() if not self.scheduler.alive(handle)]
         verdicts = [self._agent_gone(node) for node in gone]
-        heard = {n: self.views[n].heard_at_s for n in present if n in self.views and n not in gone}
+        # A node that is still starting owes no heartbeat; one that was taken over does.
+        owing = [n for n in present if n not in gone and (n in self.views or n in self.adopted)]
+        heard = {n: self._heard_at(n) for n in owing}
         step = self.progress.newest_step
         return [*verdicts, *lost_nodes(now, heard, self.config.health, step, watching_since_s)]
 
@@ -341,7 +361,8 @@ class Supervisor:
     def _evict(self, node: str, reason: str) -> None:
         self.emit(events.NodeEvicted, node=node, reason=reason)
         self.send_order(node)
-        self.scheduler.kill(node, self.handles[node])
+        if node in self.handles:
+            self.scheduler.kill(node, self.handles[node])
         self.views.pop(node, None)
 
     # Generations --------------------------------------------------------------------------------------------------
@@ -428,8 +449,9 @@ class Supervisor:
         if saved < last:
             self.exit_code = ExitCode.REQUEUE
             self.stop_reason = (
-                f"step {last} is trained, but the newest snapshot on disk is of step {max(saved, 0)}: what was said "
-                "above keeps it from being written; mend that, and the same command goes on from there"
+                f"step {last} is trained, but the newest snapshot on disk is of step {max(saved, 0)}: mend "
+                "what was said above about it (or, if nothing was, the disk is slow: raise cluster.leave_timeout_s), "
+                "and the same command goes on from there"
             )
         elif done:
             self.exit_code, self.stop_reason = ExitCode.DONE, "training is done"

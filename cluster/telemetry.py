@@ -34,7 +34,13 @@ class WandbSink:
         wandb = _import_wandb()
         if not self.run_dir.wandb_id.exists():
             write_atomically(self.run_dir.wandb_id, secrets.token_hex(8).encode())
-        self._run = wandb.init(
+        try:
+            self._run = self._begin(wandb)
+        except wandb.Error as error:
+            raise ValueError(f"wandb: {error}; mend that, or set telemetry.wandb to 'offline' or 'off'") from error
+
+    def _begin(self, wandb: ModuleType) -> Any:
+        return wandb.init(
             id=self.run_dir.wandb_id.read_text().strip(),
             project=self.config.telemetry.wandb_project,
             name=self.config.run.name,
@@ -47,8 +53,12 @@ class WandbSink:
 
     def log(self, records: Sequence[StepRecord], ettr: float | None) -> None:
         """Send the rows."""
-        for record in records:
-            self._run.log(metric_row(record, ettr), step=record.step)
+        wandb = _import_wandb()
+        try:
+            for record in records:
+                self._run.log(metric_row(record, ettr), step=record.step)
+        except wandb.Error as error:
+            raise ValueError(f"wandb: {error}") from error
 
     def close(self) -> None:
         """Flush and end."""

@@ -198,13 +198,13 @@ def append_line(path: Path, record: msgspec.Struct) -> None:
 class LineFile:
     """A file of JSON lines with one writer, which a full disk delays and does not break.
 
-    torn: it ends in a cut-off line.
+    Lines that wait die with the process: what reads them must bear a gap.
     """
 
-    def __init__(self, path: Path, torn: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._waiting: deque[bytes] = deque()
-        self._torn = torn
+        self._torn = _ends_torn(path)
 
     def keep(self, record: msgspec.Struct) -> OSError | None:
         """Append the record, or keep it in memory until a later call finds room; returns what was in the way."""
@@ -229,3 +229,15 @@ class LineFile:
                 self._waiting.popleft()
         finally:
             os.close(fd)
+
+
+def _ends_torn(path: Path) -> bool:
+    """Whether an earlier writer left a line cut off at the end."""
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except OSError:
+        return False

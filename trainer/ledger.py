@@ -6,7 +6,6 @@ its new generation; the newest generation's lines are the ones that count.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +34,8 @@ def samples_dir(run_dir: Path) -> Path:
 class SampleLedger:
     """The lines of one data-parallel rank. One process writes it at a time.
 
-    Append a step's line before its update is applied or snapshotted: a step that counts is then always written.
+    Append a step's line before its update is applied or snapshotted: a step that counts is then written, unless the
+    disk was full until the process died.
     """
 
     def __init__(self, run_dir: Path, dp_rank: int, generation: int) -> None:
@@ -45,11 +45,6 @@ class SampleLedger:
         self._file = LineFile(self._path)
         self._dp_rank = dp_rank
         self._generation = generation
-        with self._path.open("a+b") as file:
-            if file.tell() > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
 
     def append(self, step: int, first: int, count: int, digest: str) -> OSError | None:
         """Write down what this rank reads in a step; on a full disk the line waits in memory, and why is returned."""

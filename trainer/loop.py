@@ -127,10 +127,13 @@ def snapshot(rank: Rank, vote: Vote, final: bool) -> None:
     persist = final or (step % policy.persist_interval_steps == 0 and not vote.busy)
     if persist or step % policy.ram_interval_steps == 0:
         rank.context.heart.beat(Phase.SNAPSHOT)
-        while final and rank.snapshots.persist_busy:
+        deadline_s = time.monotonic() + rank.config.cluster.leave_timeout_s
+        while final and rank.snapshots.persist_busy and time.monotonic() < deadline_s:
             # A slow disk is no hang: every beat here counts as progress.
             rank.context.heart.beat(Phase.SNAPSHOT)
             time.sleep(_DRAIN_POLL_S)
+        # A disk that is stuck still keeps the last slot: the run will end as unsaved, but it will end.
+        persist = persist and not rank.snapshots.persist_busy
         rank.snapshots.stage(step, persist=persist, scalars={"tokens_seen": rank.tokens_seen})
 
 
