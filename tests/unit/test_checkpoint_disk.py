@@ -218,6 +218,38 @@ def test_retention_does_not_count_a_damaged_snapshot(tmp_path: Path, run: OneRan
     assert disk.committed_steps(run.run_dir) == [40, 30]
 
 
+def test_what_a_run_went_back_behind_does_not_crowd_out_what_it_saves_now(tmp_path: Path) -> None:
+    """Steps 40 and 50 rotted in silence and the run went on from 30: 35 is committed, and must survive that."""
+    old = OneRank(tmp_path, seed=1)
+    for step in (30, 40, 50):
+        old.store.keep_last = 5
+        old.persist(step)
+    for step in (40, 50):
+        path = next(disk.step_dir(old.run_dir, step).glob("*.safetensors"))
+        flip_byte(path, path.stat().st_size - 1)
+    again = OneRank(tmp_path, seed=2, generation=2)
+    again.load()
+    again.persist(35)
+    again.persist(37)
+    assert disk.committed_steps(again.run_dir) == [37, 35]
+    assert verify_snapshot(again.run_dir, 37) == verify_snapshot(again.run_dir, 35) == []
+
+
+def test_a_retry_that_fails_takes_nothing_back(tmp_path: Path) -> None:
+    """Another rank's failure makes all persist again: a shard that is committed stays, also when the disk is full."""
+    run = OneRank(tmp_path, seed=1)
+    run.persist(10)
+    run.stage(10, persist=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_288, hard))
+    try:
+        events = run.store.persist_pending()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert kinds(events) == [StoreEventKind.FAILED]
+    assert verify_snapshot(run.run_dir, 10) == []
+
+
 def test_memory_that_changed_after_staging_is_not_persisted(tmp_path: Path) -> None:
     run = OneRank(tmp_path, seed=1)
     run.stage(10, persist=True)
