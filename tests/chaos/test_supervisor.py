@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.chaos import faults
 from tests.chaos.conftest import MakeJob
@@ -98,3 +100,7 @@ def test_a_bad_update_is_never_applied(make_job: MakeJob) -> None:
     assert job.finish() == 0, job.said()
     assert "nonfinite" in job.causes()
     assert [record.step for record in job.steps() if record.skipped]
+    shards = list((job.run_dir / "checkpoints" / "step-6").glob("*.safetensors"))
+    assert len(shards) == 4
+    for shard in shards:
+        assert all(np.isfinite(tensor).all() for tensor in load_file(shard).values()), shard
