@@ -60,7 +60,7 @@ nodes = 1
 ranks_per_node = {ranks}
 """
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 class Workspace:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.processor import ROLES, used_between
 from benchmarks.recovery_sides import Step, between, recovered
 from benchmarks.results import (
     RESULTS,
@@ -84,6 +85,13 @@ def test_recovery_ends_past_the_step_in_flight() -> None:
     assert recovered([*old, again], killed_s=12.0) is None
     new = Step(2, 10, 15.0)
     assert recovered([*old, again, new], killed_s=12.0) == (old[-1], again, new)
+
+
+def test_processor_time_counts_those_that_came_and_not_what_was_before() -> None:
+    """A role's share is what its processes used in between; every role is named, also one that used nothing."""
+    before = {1: ("ranks", 5.0), 2: ("ranks", 1.0), 3: ("agents", 2.0)}
+    after = {1: ("ranks", 6.0), 3: ("agents", 2.5), 4: ("ranks", 0.25)}
+    assert used_between(before, after) == {**dict.fromkeys(ROLES, 0.0), "ranks": 1.25, "agents": 0.5}
 
 
 def _result() -> Result:
