@@ -127,8 +127,9 @@ def workspace(name: str) -> Iterator[Workspace]:
     try:
         yield place
     finally:
-        # A second Ctrl-C must not leave half of it behind.
+        # A second signal must not leave half of it behind.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         place.close()
         shutil.rmtree(disk, ignore_errors=True)
         shutil.rmtree(memory, ignore_errors=True)
