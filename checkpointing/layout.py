@@ -6,6 +6,7 @@ body's very bytes, so that a cut or altered document is noticed before a word of
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -21,6 +22,43 @@ _SHARD_NAME = re.compile(r"g(\d+)-rank(\d+)\.(safetensors|json)(\.tmp)?")
 _STEP_NAME = re.compile(r"step-(\d+)")
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
+
+
+class Tier(enum.StrEnum):
+    """Where a snapshot's bytes can lie, from near to far."""
+
+    RAM = "ram"
+    PEER = "peer"
+    NODE = "node"
+    RUN = "run"
+    S3 = "s3"
+
+
+class ShardRef(msgspec.Struct, frozen=True, order=True):
+    """Names one rank's shard of one snapshot, in any tier."""
+
+    generation: int
+    step: int
+    rank: int
+
+
+class HeldShard(msgspec.Struct, frozen=True, kw_only=True):
+    """One verified shard that a node holds. layout: digest that a rank must have to load it as it is.
+
+    tier: RAM for a slot of a worker of this node, PEER for another node's shard, NODE for this node's disk.
+    """
+
+    rank: int
+    world_size: int
+    step: int
+    generation: int
+    layout: str
+    tier: Tier
+
+    @property
+    def ref(self) -> ShardRef:
+        """Its name."""
+        return ShardRef(self.generation, self.step, self.rank)
 
 
 class SnapshotDamagedError(ValueError):

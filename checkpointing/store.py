@@ -23,9 +23,11 @@ from checkpointing.layout import (
     LATEST_NAME,
     MANIFEST_NAME,
     VERSION,
+    HeldShard,
     Manifest,
     ShardMeta,
     SnapshotDamagedError,
+    Tier,
     decode_document,
     encode_document,
     shard_file_name,
@@ -45,16 +47,6 @@ from checkpointing.segment import (
 from checkpointing.shardfile import header_size_bytes, parse_header
 
 _VERIFY_THREADS = 8
-
-
-class RamShard(msgspec.Struct, frozen=True, kw_only=True):
-    """One verified shard in this node's memory; layout: digest that a rank must have to load it as it is."""
-
-    rank: int
-    world_size: int
-    step: int
-    generation: int
-    layout: str
 
 
 class StoreEventKind(enum.StrEnum):
@@ -93,7 +85,7 @@ class NodeStore:
         self.keep_every_steps = keep_every_steps
         self._awaited: list[_Awaited] = []
 
-    def inventory(self) -> list[RamShard]:
+    def inventory(self) -> list[HeldShard]:
         """Every whole shard in memory whose every byte verifies, in order of (rank, generation, step)."""
         with ThreadPoolExecutor(_VERIFY_THREADS) as pool:
             found = [shard for shard in pool.map(_verified, self._segment_paths()) if shard is not None]
@@ -291,7 +283,7 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _verified(path: Path) -> RamShard | None:
+def _verified(path: Path) -> HeldShard | None:
     with contextlib.suppress(FileNotFoundError), _opened(path) as fd:
         state, control = read_control(fd)
         if state not in READABLE or control is None:
@@ -299,12 +291,13 @@ def _verified(path: Path) -> RamShard | None:
         found = checksum_range(fd, CONTROL_BYTES, control.size_bytes)
         state, now = read_control(fd)
         if found == control.checksum and state in READABLE and now == control:
-            return RamShard(
+            return HeldShard(
                 rank=control.rank,
                 world_size=control.world_size,
                 step=control.step,
                 generation=control.generation,
                 layout=control.layout,
+                tier=Tier.RAM,
             )
     return None
 

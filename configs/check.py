@@ -14,6 +14,8 @@ from configs.schema import JobConfig
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _NAME_CHARS = 100
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_PREFIX = re.compile(r"(?:[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*)?")
 _PREPARE = "run `everstep data prepare` first, or name files that exist"
 
 
@@ -114,26 +116,52 @@ def _check_optimizer(config: JobConfig) -> list[Problem]:
 
 def _check_checkpoint(config: JobConfig) -> list[Problem]:
     checkpoint = config.checkpoint
-    ram, persist, keep = checkpoint.ram_interval_steps, checkpoint.persist_interval_steps, checkpoint.keep_every_steps
+    ram, persist = checkpoint.ram_interval_steps, checkpoint.persist_interval_steps
+    problems = [
+        Problem(
+            f"checkpoint.{name}",
+            value,
+            f"must be a multiple of checkpoint.ram_interval_steps = {ram}; set {_round_up(value, ram)}",
+        )
+        for name in ("peer_interval_steps", "node_interval_steps", "persist_interval_steps")
+        if (value := getattr(checkpoint, name)) % ram
+    ]
+    if checkpoint.keep_every_steps % persist:
+        problems.append(
+            _kept_but_never_written("checkpoint", checkpoint.keep_every_steps, "persist_interval_steps", persist)
+        )
+    return problems + _check_s3(config)
+
+
+def _check_s3(config: JobConfig) -> list[Problem]:
+    s3, persist = config.s3, config.checkpoint.persist_interval_steps
+    if not s3.bucket:
+        return []
     problems = []
-    if persist % ram:
-        problems.append(
-            Problem(
-                "checkpoint.persist_interval_steps",
-                persist,
-                f"must be a multiple of checkpoint.ram_interval_steps = {ram}; set {_round_up(persist, ram)}",
-            )
-        )
-    if keep % persist:
-        problems.append(
-            Problem(
-                "checkpoint.keep_every_steps",
-                keep,
-                f"only every {persist} steps is a snapshot written (checkpoint.persist_interval_steps); "
-                f"set {_round_up(keep, persist)}, or 0 to keep none for ever",
-            )
-        )
+    if not _BUCKET.fullmatch(s3.bucket):
+        what = "is no bucket's name; use 3 to 63 of a-z, 0-9, '.' and '-', beginning and ending with a letter or digit"
+        problems.append(Problem("s3.bucket", s3.bucket, what))
+    if not _PREFIX.fullmatch(s3.prefix):
+        what = "cannot begin object names; use letters, digits, '.', '_', '-' and '/' between them"
+        problems.append(Problem("s3.prefix", s3.prefix, what))
+    if s3.endpoint and not s3.endpoint.startswith(("http://", "https://")):
+        problems.append(Problem("s3.endpoint", s3.endpoint, f"is no URL; set https://{s3.endpoint}"))
+    if s3.interval_steps % persist:
+        fix = f"set {_round_up(s3.interval_steps, persist)}"
+        what = f"only what is in the run directory is sent (checkpoint.persist_interval_steps = {persist}); {fix}"
+        problems.append(Problem("s3.interval_steps", s3.interval_steps, what))
+    elif s3.keep_every_steps % s3.interval_steps:
+        problems.append(_kept_but_never_written("s3", s3.keep_every_steps, "interval_steps", s3.interval_steps))
     return problems
+
+
+def _kept_but_never_written(section: str, keep: int, interval_name: str, interval: int) -> Problem:
+    return Problem(
+        f"{section}.keep_every_steps",
+        keep,
+        f"only every {interval} steps is a snapshot written ({section}.{interval_name}); "
+        f"set {_round_up(keep, interval)}, or 0 to keep none for ever",
+    )
 
 
 def _check_health(config: JobConfig) -> list[Problem]:

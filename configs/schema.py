@@ -115,18 +115,53 @@ class PrecisionConfig(Section, frozen=True, kw_only=True):
 
 
 class CheckpointConfig(Section, frozen=True, kw_only=True):
-    """`[checkpoint]`: how often each tier is fed and what is kept.
+    """`[checkpoint]`: how often each tier is fed and what is kept. `[s3]` has the keys of the farthest one.
 
-    Every ram_interval_steps the state goes to shared memory below ram_dir; every persist_interval_steps (a
-    multiple of it) to the run directory. keep_last newest snapshots stay, and every keep_every_steps-th for ever
-    (0: none).
+    Every ram_interval_steps the state goes to shared memory below ram_dir. Every peer_interval_steps (a multiple of
+    it) each node sends its part to peer_copies other nodes, in other failure domains where there are any; the next
+    update waits for the copies, but never longer than peer_wait_s. peer_max_mb_per_s bounds what a node sends (0: no
+    bound). Every node_interval_steps it goes to node_dir on the node's own disk ("": no such tier); every
+    persist_interval_steps, and after persist_interval_minutes (0: no clock), to the run directory.
+
+    keep_last newest snapshots stay in the run directory, and every keep_every_steps-th for ever (0: none). A loaded
+    snapshot whose first loss differs from the one in metrics.jsonl by more than the part canary_tolerance of it is
+    rejected (0: not compared).
     """
 
     ram_interval_steps: Positive = 1
+    ram_dir: str = "/dev/shm"
+    peer_copies: NonNegative = 1
+    peer_interval_steps: Positive = 1
+    peer_wait_s: NonNegativeFloat = 2.0
+    peer_max_mb_per_s: NonNegativeFloat = 0.0
+    node_dir: str = ""
+    node_interval_steps: Positive = 10
     persist_interval_steps: Positive = 10
+    persist_interval_minutes: NonNegativeFloat = 0.0
     keep_last: Annotated[int, msgspec.Meta(ge=2)] = 2
     keep_every_steps: NonNegative = 0
-    ram_dir: str = "/dev/shm"
+    canary_tolerance: NonNegativeFloat = 0.01
+
+
+class S3Config(Section, frozen=True, kw_only=True):
+    """`[s3]`: snapshots of the run directory that are also kept in a bucket; bucket "" means none.
+
+    Objects lie below prefix/<run.name>/. endpoint is for servers other than AWS's. Credentials come from where boto3
+    finds them (environment, files, instance role), never from here. Every interval_steps-th step (a multiple of
+    checkpoint.persist_interval_steps) and the last one are sent, in parts of part_mb over `connections` connections,
+    at most max_mb_per_s (0: no bound). keep_last and keep_every_steps are as in `[checkpoint]`.
+    """
+
+    bucket: str = ""
+    prefix: str = "everstep"
+    endpoint: str = ""
+    region: str = "us-east-1"
+    interval_steps: Positive = 10
+    part_mb: Annotated[int, msgspec.Meta(ge=5, le=5120)] = 64
+    connections: Positive = 8
+    max_mb_per_s: NonNegativeFloat = 0.0
+    keep_last: Annotated[int, msgspec.Meta(ge=2)] = 2
+    keep_every_steps: NonNegative = 0
 
 
 class HealthConfig(Section, frozen=True, kw_only=True):
@@ -179,6 +214,7 @@ class JobConfig(Section, frozen=True, kw_only=True):
     parallelism: ParallelismConfig = ParallelismConfig()
     precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    s3: S3Config = S3Config()
     health: HealthConfig = HealthConfig()
     cluster: ClusterConfig = ClusterConfig()
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -47,6 +47,9 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
 
     ram_step: the step that every rank's own RAM tier holds whole and verified, -1 if none; tried first.
     ram_dir: the node's folder in shared memory (segments, heartbeat slots, error files).
+    rejected: snapshots (generation, step) that a loss has shown to be wrong, never to be loaded again.
+    peers: `host:port` of agents that may hold copies of this node's shards.
+    wait_for_copies: whether somebody takes copies of this node's snapshots.
     """
 
     run_dir: str
@@ -54,6 +57,9 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     ram_dir: str
     ram_step: int
+    rejected: tuple[tuple[int, int], ...] = ()
+    peers: tuple[str, ...] = ()
+    wait_for_copies: bool = False
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +92,10 @@ class FactKind(enum.StrEnum):
     SNAPSHOT_REJECTED = "snapshot_rejected"
     SNAPSHOT_COMMITTED = "snapshot_committed"
     SNAPSHOT_FAILED = "snapshot_failed"
+    SNAPSHOT_REPAIRED = "snapshot_repaired"
+    SNAPSHOT_IN_S3 = "snapshot_in_s3"
+    TIER_BEHIND = "tier_behind"
+    TIER_CAUGHT_UP = "tier_caught_up"
     UPDATE_SKIPPED = "update_skipped"
     FIRST_STEP = "first_step"
     STOPPING = "stopping"

@@ -25,6 +25,16 @@ def segments_dir(ram_dir: Path) -> Path:
     return ram_dir / "snapshots"
 
 
+def copies_dir(ram_dir: Path) -> Path:
+    """Copies of other nodes' snapshots that this node keeps for them."""
+    return ram_dir / "copies"
+
+
+def transfer_key_path(run_dir: Path) -> Path:
+    """The secret with which agents prove themselves to each other when they move snapshots; 0600."""
+    return run_dir / "secrets" / "transfer.key"
+
+
 def rank_log(run_dir: Path, node: str, rank: int) -> Path:
     """Output of one rank, appended over restarts."""
     return run_dir / "logs" / node / f"{rank}.log"
