@@ -16,7 +16,7 @@ from checkpointing.checksum import checksum
 from checkpointing.flatten import FlatState, Stateful, check_json, flatten, leaves, rebuild
 from checkpointing.layout import Json, ShardMeta, SnapshotDamagedError
 from checkpointing.restore import DiskCandidate, decode_values, open_candidate
-from checkpointing.segment import SLOTS, Control, SlotState, open_segment, segment_name
+from checkpointing.segment import SLOTS, Control, PersistTo, SlotState, open_segment, segment_name
 from checkpointing.shardfile import ShardPlan, SnapshotMeta, header_size_bytes, parse_header, plan_shard
 from checkpointing.staging import Copier, SlotViews
 
@@ -56,14 +56,15 @@ class SnapshotManager:
     state: what to save, by name; its tensors must keep their storage for as long as the manager is used.
     ram_dir: the node's folder in shared memory. mesh: degrees by axis, for the manifest.
     volatile: names of tensors that forward or backward change (stage() copies them before it returns); all others may
-    change only after wait().
+    change only after wait(). slots: SLOTS_WITH_COPIES where the agent sends snapshots to peers.
     """
 
     def __init__(
         self, state: Mapping[str, Stateful], ram_dir: Path, local_rank: int, rank: int, world_size: int,
         generation: int, run_dir: Path, mesh: Mapping[str, int],
-        volatile: Callable[[str], bool] = lambda name: False,
+        volatile: Callable[[str], bool] = lambda name: False, slots: int = SLOTS,
     ) -> None:  # fmt: skip
+        self.slots = slots
         self.state = state
         self.ram_dir = ram_dir
         self.local_rank = local_rank
@@ -91,13 +92,13 @@ class SnapshotManager:
         self._plan: ShardPlan = plan_shard(parts, self.rank, self.world_size, self.mesh, reserve_bytes)
         volatile = frozenset(i for i, part in enumerate(parts) if self.volatile(part.name))
         self._copier = Copier(self._flat.tensors, self._plan, volatile)
-        for slot in range(SLOTS):
+        for slot in range(self.slots):
             self._slots.append(self._open(slot))
 
-    def stage(self, step: int, persist: bool, scalars: Mapping[str, Json]) -> None:
+    def stage(self, step: int, persist: PersistTo, scalars: Mapping[str, Json]) -> None:
         """Begin to copy the state as it is now; wait() must return before a tensor of it may change.
 
-        persist: hand the snapshot to the agent for the run directory; persist_busy must be false.
+        persist: what the agent shall write it to; persist_busy must be false unless that is nothing.
         """
         assert self._staging is None, "stage() before wait()"
         assert not (persist and self.persist_busy), "the last snapshot to persist is still in memory"
@@ -134,6 +135,11 @@ class SnapshotManager:
     def persist_busy(self) -> bool:
         """Whether the agent has not yet taken this rank's last snapshot out of memory."""
         return any(slot.segment.state is SlotState.TO_PERSIST for slot in self._slots)
+
+    @property
+    def copied(self) -> bool:
+        """Whether the peers have the newest snapshot of this rank."""
+        return any(slot.segment.copied for slot in self._slots if slot.segment.control == self._newest())
 
     @property
     def newest_complete(self) -> int | None:
@@ -184,7 +190,9 @@ class SnapshotManager:
         self._copier.pin(views)
         return views
 
-    def _stage_in_background(self, slot: SlotViews, step: int, persist: bool, fence: torch.cuda.Event | None) -> float:
+    def _stage_in_background(
+        self, slot: SlotViews, step: int, persist: PersistTo, fence: torch.cuda.Event | None
+    ) -> float:
         started = time.monotonic()
         with torch.no_grad():
             found = self._copier.copy(slot, fence)
@@ -196,8 +204,9 @@ class SnapshotManager:
             size_bytes=self._plan.size_bytes,
             checksum=found,
             layout=self._plan.digest,
+            persist=PersistTo(persist),
         )
-        slot.segment.complete(control, to_persist=persist)
+        slot.segment.complete(control)
         return time.monotonic() - started
 
     def _newest(self) -> Control | None:
@@ -205,16 +214,19 @@ class SnapshotManager:
         return max(held, key=lambda control: control.age, default=None)
 
     def _free_slot(self) -> SlotViews:
-        """The least valuable slot: neither the agent's nor the newest, an empty one rather than an old one."""
+        """The least valuable slot: neither the agent's nor the newest, an empty one rather than an old one.
+
+        One that is being sent to peers only if there is no other: its receiver will notice.
+        """
         ages = {n: c.age for n, slot in enumerate(self._slots) if (c := slot.segment.control) is not None}
         newest = max(ages, key=lambda number: ages[number], default=-1)
         candidates = [
-            (ages.get(number, (-1, -1)), number)
+            (slot.segment.held, ages.get(number, (-1, -1)), number)
             for number, slot in enumerate(self._slots)
             if number not in ages or (number != newest and slot.segment.state is not SlotState.TO_PERSIST)
         ]
         assert candidates, "more than one slot waits to be persisted"
-        return self._slots[min(candidates)[1]]
+        return self._slots[min(candidates)[2]]
 
     def _forget_after(self, step: int) -> None:
         """Steps beyond the one loaded will be made anew: the old ones must not be found by a later restart."""

@@ -4,6 +4,10 @@ The state byte is the hand-off between two processes that share no lock. The wor
 but TO_PERSIST to STAGING, and from there to COMPLETE or TO_PERSIST; the agent alone moves it from TO_PERSIST to
 COMPLETE (or to EMPTY if its bytes turned out bad). A worker that dies while staging leaves STAGING behind, which
 nobody ever reads. All other fields carry their own checksum, so that a flipped bit in a step number is noticed too.
+
+Two fields are the agent's alone and no lock either: `held` asks the worker to take another slot while this one is
+being sent to peers (should they miss each other, the receiver's checksum does not match and it is sent again), and
+`copied` says which snapshot of this slot the peers have.
 """
 
 from __future__ import annotations
@@ -21,11 +25,15 @@ import xxhash
 
 CONTROL_BYTES = 4096
 SLOTS = 3
+SLOTS_WITH_COPIES = 4
 _MAGIC = b"EVSTEP01"
 _STATE_OFFSET = 8
 _FIELDS_OFFSET = 16
-_FIELDS = struct.Struct("<qqqqq16s16s")
+_FIELDS = struct.Struct("<qqqqqq16s16s")
 _DIGEST = struct.Struct("<Q")
+_HELD_OFFSET = 256
+_COPIED_OFFSET = 320
+_COPIED = struct.Struct("<qqQ")
 _SEGMENT_NAME = re.compile(r"snapshot-(\d+)-(\d+)\.seg(\.tmp)?")
 
 
@@ -41,6 +49,14 @@ class SlotState(enum.IntEnum):
 READABLE = (SlotState.COMPLETE, SlotState.TO_PERSIST)
 
 
+class PersistTo(enum.IntFlag):
+    """Which tiers the agent is asked to write a snapshot to."""
+
+    NOTHING = 0
+    RUN = 1
+    NODE = 2
+
+
 class Control(msgspec.Struct, frozen=True, kw_only=True):
     """What a control block says about the shard behind it; checksum and layout are 32 hex digits."""
 
@@ -51,6 +67,7 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     checksum: str
     layout: str
+    persist: PersistTo = PersistTo.NOTHING
 
     @property
     def age(self) -> tuple[int, int]:
@@ -73,7 +90,7 @@ def pack_control(control: Control) -> bytes:
     """The fields and their checksum, as they lie from byte 16 on."""
     fields = _FIELDS.pack(
         control.step, control.generation, control.rank, control.world_size, control.size_bytes,
-        bytes.fromhex(control.checksum), bytes.fromhex(control.layout),
+        int(control.persist), bytes.fromhex(control.checksum), bytes.fromhex(control.layout),
     )  # fmt: skip
     return fields + _DIGEST.pack(xxhash.xxh3_64_intdigest(fields))
 
@@ -86,10 +103,10 @@ def unpack_control(block: bytes | memoryview) -> tuple[SlotState, Control | None
     fields = bytes(block[_FIELDS_OFFSET : _FIELDS_OFFSET + _FIELDS.size])
     if xxhash.xxh3_64_intdigest(fields) != _DIGEST.unpack_from(block, _FIELDS_OFFSET + _FIELDS.size)[0]:
         return state, None
-    step, generation, rank, world_size, size_bytes, digest, layout = _FIELDS.unpack(fields)
+    step, generation, rank, world_size, size_bytes, persist, digest, layout = _FIELDS.unpack(fields)
     control = Control(
         step=step, generation=generation, rank=rank, world_size=world_size, size_bytes=size_bytes,
-        checksum=digest.hex(), layout=layout.hex(),
+        checksum=digest.hex(), layout=layout.hex(), persist=PersistTo(persist),
     )  # fmt: skip
     return state, control
 
@@ -103,6 +120,34 @@ def read_control(fd: int) -> tuple[SlotState, Control | None]:
 def write_state(fd: int, state: SlotState) -> None:
     """The agent's hand-off; one byte, so no reader sees half of it."""
     os.pwrite(fd, bytes([state]), _STATE_OFFSET)
+
+
+def write_control(fd: int, control: Control) -> None:
+    """Publish a slot whose bytes are whole, from another process than the worker: fields first, the state last."""
+    os.pwrite(fd, _MAGIC, 0)
+    os.pwrite(fd, pack_control(control), _FIELDS_OFFSET)
+    write_state(fd, SlotState.COMPLETE)
+
+
+def write_held(fd: int, held: bool) -> None:
+    """The agent's wish that the worker takes another slot."""
+    os.pwrite(fd, bytes([held]), _HELD_OFFSET)
+
+
+def write_copied(fd: int, age: tuple[int, int]) -> None:
+    """The agent's word that the peers have the snapshot of this age."""
+    os.pwrite(fd, _pack_copied(age), _COPIED_OFFSET)
+
+
+def read_copied(block: bytes | memoryview) -> tuple[int, int] | None:
+    """Which snapshot of the slot the peers have; None for none."""
+    generation, step, digest = _COPIED.unpack_from(block, _COPIED_OFFSET)
+    return (generation, step) if _pack_copied((generation, step))[16:] == _DIGEST.pack(digest) else None
+
+
+def _pack_copied(age: tuple[int, int]) -> bytes:
+    packed = struct.pack("<qq", *age)
+    return packed + _DIGEST.pack(xxhash.xxh3_64_intdigest(packed))
 
 
 class Segment:
@@ -128,12 +173,23 @@ class Segment:
         state, control = unpack_control(memoryview(self._map)[:CONTROL_BYTES])
         return control if state in READABLE else None
 
-    def complete(self, control: Control, to_persist: bool) -> None:
+    @property
+    def held(self) -> bool:
+        """Whether the agent is sending this slot."""
+        return bool(self._map[_HELD_OFFSET])
+
+    @property
+    def copied(self) -> bool:
+        """Whether the peers have what the slot holds now."""
+        control = self.control
+        return control is not None and read_copied(memoryview(self._map)[:CONTROL_BYTES]) == control.age
+
+    def complete(self, control: Control) -> None:
         """Publish what was staged: fields first, the state last."""
         packed = pack_control(control)
         self._map[: len(_MAGIC)] = _MAGIC
         self._map[_FIELDS_OFFSET : _FIELDS_OFFSET + len(packed)] = packed
-        self.state = SlotState.TO_PERSIST if to_persist else SlotState.COMPLETE
+        self.state = SlotState.TO_PERSIST if control.persist else SlotState.COMPLETE
 
     def close(self) -> None:
         """Unmap. Tensors that look into the mapping must be gone."""
