@@ -22,6 +22,7 @@ _ALLOWED = {
     "parallelism": "the snapshot is resharded; sums are taken in another order, so losses agree within tolerance",
     "cluster": "the machines are no part of the run",
     "checkpoint": "how often state is saved does not change the training",
+    "validation": "measuring does not change the training; losses on other samples do not compare with earlier ones",
     "s3": "where snapshots are also kept does not change the training",
     "health": "how failures are noticed does not change the training",
     "telemetry": "what is logged does not change the training",

@@ -28,17 +28,19 @@ def check_job(config: JobConfig) -> list[Problem]:
         what = f"{config.model.family} has no such flavour{alternatives(config.model.flavor, list(flavors))}"
         problems.append(Problem("model.flavor", config.model.flavor, what))
     problems += check_layout(config, facts)
-    return problems + _check_optimizer(config) + _check_checkpoint(config) + _check_health(config)
+    problems += _check_validation(config) + _check_optimizer(config)
+    return problems + _check_checkpoint(config) + _check_health(config)
 
 
 def check_files(config: JobConfig) -> list[Problem]:
     """What is missing of the data files that a run needs; relative paths count from the working directory."""
     problems = []
-    for index, data_set in enumerate(config.data.sets):
-        missing = [name for name in (data_set.path + ".bin", data_set.path + ".idx") if not Path(name).is_file()]
-        if missing:
-            what = f"no {' and no '.join(missing)}; {_PREPARE}"
-            problems.append(Problem(f"data.sets[{index}].path", data_set.path, what))
+    for key, sets in (("data.sets", config.data.sets), ("validation.sets", config.validation.sets)):
+        for index, data_set in enumerate(sets):
+            missing = [name for name in (data_set.path + ".bin", data_set.path + ".idx") if not Path(name).is_file()]
+            if missing:
+                what = f"no {' and no '.join(missing)}; {_PREPARE}"
+                problems.append(Problem(f"{key}[{index}].path", data_set.path, what))
     return problems + _check_tokenizer(config)
 
 
@@ -88,6 +90,23 @@ def _check_run(config: JobConfig) -> list[Problem]:
 def _check_data(config: JobConfig) -> list[Problem]:
     if not config.data.sets:
         return [Problem("data.sets", (), "there is no data; add [[data.sets]] with path = ... of a prepared corpus")]
+    return []
+
+
+def _check_validation(config: JobConfig) -> list[Problem]:
+    validation, keep_best = config.validation, config.checkpoint.keep_best
+    persist = config.checkpoint.persist_interval_steps
+    if validation.interval_steps and not validation.sets:
+        what = "there is nothing to measure on; add [[validation.sets]] with path = ... of a prepared corpus, or set 0"
+        return [Problem("validation.interval_steps", validation.interval_steps, what)]
+    if keep_best and not validation.interval_steps:
+        fix = f"set validation.interval_steps = {persist} and add [[validation.sets]], or set 0"
+        return [Problem("checkpoint.keep_best", keep_best, f"no validation loss is measured; {fix}")]
+    if keep_best and validation.interval_steps % persist:
+        fix = f"set {_round_up(validation.interval_steps, persist)}"
+        what = f"only every {persist} steps is a snapshot written (checkpoint.persist_interval_steps), which "
+        what += f"checkpoint.keep_best = {keep_best} could keep; {fix}"
+        return [Problem("validation.interval_steps", validation.interval_steps, what)]
     return []
 
 

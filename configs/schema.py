@@ -70,6 +70,18 @@ class TrainingConfig(Section, frozen=True, kw_only=True):
     compile: bool = False
 
 
+class ValidationConfig(Section, frozen=True, kw_only=True):
+    """`[validation]`: a loss on data that is not trained on; sets are as in `[data]`.
+
+    Measured after every interval_steps-th step and after the last one (0: never), each time on the same `batches`
+    batches of training.global_batch_size samples.
+    """
+
+    sets: tuple[DataSet, ...] = ()
+    interval_steps: NonNegative = 0
+    batches: Positive = 8
+
+
 class OptimizerConfig(Section, frozen=True, kw_only=True):
     """`[optimizer]`: AdamW and its schedule.
 
@@ -123,9 +135,9 @@ class CheckpointConfig(Section, frozen=True, kw_only=True):
     bound). Every node_interval_steps it goes to node_dir on the node's own disk ("": no such tier); every
     persist_interval_steps, and after persist_interval_minutes (0: no clock), to the run directory.
 
-    keep_last newest snapshots stay in the run directory, and every keep_every_steps-th for ever (0: none). A loaded
-    snapshot whose first loss differs from the one in metrics.jsonl by more than the part canary_tolerance of it is
-    rejected (0: not compared).
+    keep_last newest snapshots stay in the run directory, every keep_every_steps-th for ever (0: none), and the
+    keep_best with the lowest validation loss. A loaded snapshot whose first loss differs from the one in
+    metrics.jsonl by more than the part canary_tolerance of it is rejected (0: not compared).
     """
 
     ram_interval_steps: Positive = 1
@@ -140,6 +152,7 @@ class CheckpointConfig(Section, frozen=True, kw_only=True):
     persist_interval_minutes: NonNegativeFloat = 0.0
     keep_last: Annotated[int, msgspec.Meta(ge=2)] = 2
     keep_every_steps: NonNegative = 0
+    keep_best: NonNegative = 0
     canary_tolerance: NonNegativeFloat = 0.01
 
 
@@ -210,6 +223,7 @@ class JobConfig(Section, frozen=True, kw_only=True):
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    validation: ValidationConfig = ValidationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallelism: ParallelismConfig = ParallelismConfig()
     precision: PrecisionConfig = PrecisionConfig()

@@ -122,6 +122,38 @@ def test_refusals_say_what_to_set(overrides: list[str], parts: list[str]) -> Non
     assert all(part in text for part in parts), text
 
 
+SETS = '--validation.sets=[{path = "held-out"}]'
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["--validation.interval_steps=10"], ["validation.interval_steps 10", "[[validation.sets]]", "or set 0"]),
+        (["--checkpoint.keep_best=1"], ["checkpoint.keep_best 1", "validation.interval_steps = 10", "or set 0"]),
+        (["--checkpoint.keep_best=2", SETS], ["checkpoint.keep_best 2", "validation.interval_steps = 10"]),
+        (["--checkpoint.keep_best=2", SETS, "--validation.interval_steps=12"], ["keep_best = 2", "set 20"]),
+        (["--checkpoint.keep_best=2", SETS, "--validation.interval_steps=20"], None),
+        ([SETS, "--validation.interval_steps=12"], None),
+        ([SETS], None),
+    ],
+)
+def test_the_best_can_only_be_kept_where_it_is_measured_and_saved(
+    overrides: list[str], parts: list[str] | None
+) -> None:
+    """Accepted exactly if every measured step is written; a refusal names the value that is accepted."""
+    assert accepted(*overrides) == (parts is None)
+    assert all(part in refusal(*overrides) for part in parts or [])
+
+
+def test_files_of_the_validation_sets_are_checked_too(tmp_path: Path) -> None:
+    """A held-out corpus that is missing is noticed before a run begins, not at its first evaluation."""
+    job = load(f'--validation.sets=[{{path = "{tmp_path}/held"}}]', "--validation.interval_steps=1")
+    assert "validation.sets[0].path" in [problem.key for problem in check_files(job)]
+    for name in ("held.bin", "held.idx"):
+        (tmp_path / name).touch()
+    assert "validation.sets[0].path" not in [problem.key for problem in check_files(job)]
+
+
 def test_pipeline_microbatches_must_divide_the_share_of_a_rank() -> None:
     mesh = ["--parallelism.pp=2", "--parallelism.dp_shard=1", "--training.microbatch_size=1"]
     assert accepted(*mesh, "--parallelism.pp_microbatch_size=2")
