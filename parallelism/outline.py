@@ -1,0 +1,88 @@
+"""The whole model of a job without storage: names and shapes of its logical tensors, and torchtitan's own keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from configs.schema import JobConfig, ParallelismConfig
+from parallelism import titan
+
+
+class Outline:
+    """What a snapshot of a job holds, and under which keys torchtitan's own state dict has it. Nothing has storage.
+
+    tensors: the model's logical tensors by canonical name, in the model's order; parameters: those that the optimizer
+    has moments of. spec: torchtitan's. The two differ from torchtitan's state dict in two ways: its modules split a
+    fused query-key-value projection, and it repeats tied weights.
+    """
+
+    def __init__(self, spec: Any, model: nn.Module) -> None:
+        self.spec = spec
+        self.model = model
+        self.parameters = {titan.canonical_name(name): p.detach() for name, p in model.named_parameters()}
+        kept = model.state_dict(keep_vars=True)
+        buffers = {titan.canonical_name(n): b.detach() for n, b in model.named_buffers() if n in kept}
+        self.tensors = {**self.parameters, **buffers}
+        self._tied = {
+            name: [key for key, value in kept.items() if value is parameter and key != name]
+            for name, parameter in model.named_parameters(remove_duplicate=True)
+        }
+
+    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """One logical tensor as the entries of torchtitan's state dict that it makes up."""
+        fused = self._fused(name)
+        if fused is not None:
+            module, prefix, inner = fused
+            with _holding(module, inner, tensor):
+                return module.state_dict(prefix=prefix)
+        return {name: tensor} | {key: tensor for key in self._tied.get(name, ())}
+
+    def join(self, name: str, entries: dict[str, Tensor]) -> Tensor:
+        """The inverse of `split`; only the entries that `split` gives are looked at, the first of tied ones."""
+        fused = self._fused(name)
+        if fused is None:
+            return entries[name]
+        module, prefix, inner = fused
+        with _holding(module, inner, self.tensors[name]):
+            own = {key.removeprefix(prefix): value for key, value in entries.items()}
+            module.load_state_dict(own, assign=True)
+            return module.get_parameter(inner).detach()
+
+    def _fused(self, name: str) -> tuple[nn.Module, str, str] | None:
+        """Module, its prefix, and the name inside it, if torchtitan stores this tensor in parts."""
+        prefix, found, inner = name.rpartition("wqkv.")
+        return (self.model.get_submodule(prefix.removesuffix(".")), prefix, found + inner) if found else None
+
+
+class _holding:
+    """Let a module have `tensor` as its parameter `inner` for a while: its hooks work on what it holds."""
+
+    def __init__(self, module: nn.Module, inner: str, tensor: Tensor) -> None:
+        owner, _, self._attribute = inner.rpartition(".")
+        self._owner = module.get_submodule(owner)
+        self._tensor = tensor
+
+    def __enter__(self) -> None:
+        self._before = self._owner.get_parameter(self._attribute)
+        setattr(self._owner, self._attribute, nn.Parameter(self._tensor, requires_grad=False))
+
+    def __exit__(self, *unused: object) -> None:
+        setattr(self._owner, self._attribute, self._before)
+
+
+def outline(config: JobConfig) -> Outline:
+    """The model of a job, whatever its layout and wherever this runs.
+
+    Raises:
+        ValueError: torchtitan has no such flavour, or it cannot be cut to size as configured.
+    """
+    model = msgspec.structs.replace(config.model, attention="sdpa")
+    plain = msgspec.structs.replace(config, model=model, parallelism=ParallelismConfig())
+    device = torch.device("cpu")
+    titan.prepare_process(device)
+    plan = titan.blueprint(plain, device)
+    return Outline(plan.spec, plan.model)
