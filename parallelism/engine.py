@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -66,27 +67,43 @@ class Engine:
             The sum of the token losses divided by the step's number of tokens over all ranks, a detached scalar;
             zero on a rank without the last stage.
         """
-        tokens = tokens.to(self.device)
-        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        if positions is not None:
-            positions = positions.to(self.device)
         if self.schedule is not None:
-            return self._run_schedule(inputs, labels, positions)
-        size = self.config.training.microbatch_size
+            return self._run_schedule(self.schedule.step, tokens, positions)
         total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for start in range(0, len(inputs), size):
-            chunk = slice(start, start + size)
-            extra = self._model_inputs(inputs[chunk], None if positions is None else positions[chunk])
-            logits = self.parts[0](inputs[chunk], **extra)
-            loss = titan.token_loss_sum(logits, labels[chunk]) / self.global_tokens
-            del logits
+        for loss in self._chunk_losses(tokens, positions):
             loss.backward()
             total += loss.detach()
         return total
 
-    def _run_schedule(self, inputs: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
+    def evaluate(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The loss of this dp rank's share of a batch, with the weights as they are; nothing that trains changes.
+
+        Arguments and result are those of `forward_backward`.
+        """
+        with titan.evaluation(self.parts), torch.no_grad():
+            if self.schedule is not None:
+                return self._run_schedule(self.schedule.eval, tokens, positions)
+            return torch.stack(list(self._chunk_losses(tokens, positions))).sum()
+
+    def _chunk_losses(self, tokens: Tensor, positions: Tensor | None) -> Iterator[Tensor]:
+        """The loss of one microbatch after the other, each as a part of the step's mean."""
+        inputs, labels, positions = self._on_device(tokens, positions)
+        size = self.config.training.microbatch_size
+        for start in range(0, len(inputs), size):
+            chunk = slice(start, start + size)
+            extra = self._model_inputs(inputs[chunk], None if positions is None else positions[chunk])
+            yield titan.token_loss_sum(self.parts[0](inputs[chunk], **extra), labels[chunk]) / self.global_tokens
+
+    def _on_device(self, tokens: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        tokens = tokens.to(self.device)
+        if positions is not None:
+            positions = positions.to(self.device)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions
+
+    def _run_schedule(self, run: Callable[..., Any], tokens: Tensor, positions: Tensor | None) -> Tensor:
+        inputs, labels, positions = self._on_device(tokens, positions)
         losses: list[Tensor] = []
-        self.schedule.step(
+        run(
             *((inputs,) if self.has_first_stage else ()),
             target=labels if self.is_loss_rank else None,
             losses=losses if self.is_loss_rank else None,

@@ -1,0 +1,71 @@
+"""A validation loss is the same on every layout, and measuring it leaves no trace in the training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from parallelism.mesh import world_size_of
+from tests.distributed.evaluations import counted_before_a_step, evaluated, trained
+from tests.distributed.layouts import BATCH, SEQ_LEN, reference, tiny
+from tests.harness import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+# Relative. Experts multiply in bf16, whose rounding flips with the order of sums.
+TOLERANCE = 1e-5
+LAYOUTS = {
+    "accumulated": tiny(microbatch_size=1),
+    "fsdp2": tiny(dp_shard=2),
+    "tp2": tiny(tp=2),
+    "pp2": tiny(pp=2),
+    "pp2_fsdp2": tiny(pp=2, dp_shard=2),
+    "pp2_interleaved": tiny(layers=4, pp=2, pp_schedule="Interleaved1F1B"),
+    "ep2": tiny("deepseek_v3", dp_shard=2, ep=2),
+    "experts_pp2": tiny("deepseek_v3", layers=3, pp=2),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Path, list[float]]]:
+    """By family and layers: the weights that one process saved, and its validation losses. Filled on demand."""
+    return {("folder", 0): (tmp_path_factory.mktemp("validation"), [])}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_measures_what_one_process_does(
+    name: str, expected: dict[tuple[str, int], tuple[Path, list[float]]]
+) -> None:
+    """From the same weights, the same loss within rounding, and the very same number on all ranks."""
+    config = LAYOUTS[name]
+    key = (config.model.family, config.model.layers)
+    if key not in expected:
+        alone = tiny(config.model.family, layers=config.model.layers)
+        path = expected["folder", 0][0] / f"{key[0]}-{key[1]}.safetensors"
+        run_ranks(1, reference, alone, path)
+        expected[key] = path, run_ranks(1, evaluated, alone, path)[0]
+    path, losses = expected[key]
+    found = run_ranks(world_size_of(config.parallelism), evaluated, config, path)
+    assert all(each == found[0] for each in found)
+    assert found[0] == pytest.approx(losses, rel=TOLERANCE)
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "pp2_interleaved", "ep2", "experts_pp2"])
+def test_training_with_evaluations_gives_the_same_bytes(name: str) -> None:
+    """Weights, moments, expert biases and losses are bit for bit those of a run that was never evaluated."""
+    config = LAYOUTS[name]
+    without = run_ranks(2, trained, config, frozenset())
+    measured = run_ranks(2, trained, config, frozenset({0, 2}))
+    assert [changed for _, changed in measured] == [[], []]
+    assert [trace for trace, _ in measured] == [trace for trace, _ in without]
+
+
+@pytest.mark.parametrize("name", ["ep2", "experts_pp2"])
+def test_experts_count_the_tokens_of_the_step_alone(name: str) -> None:
+    """Not those of the runs by which a pipeline learns its shapes: three experts a token, in each layer of experts."""
+    counted = run_ranks(2, counted_before_a_step, LAYOUTS[name])
+    ranks_of_a_layer = LAYOUTS[name].dp_degree
+    tokens = BATCH * SEQ_LEN * 3 / ranks_of_a_layer
+    assert [count for rank in counted for count in rank] == [tokens] * 2
