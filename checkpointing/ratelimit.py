@@ -55,7 +55,7 @@ class RateLimit:
         return int(min(max(self._bucket.bytes_per_s * BURST_S, MIN_SLICE_BYTES), MAX_SLICE_BYTES))
 
     def take(self, size_bytes: int, stop: Callable[[], bool] = never) -> bool:
-        """Wait until these bytes may go. False after close(), or if `stop` says so, which is asked ten times a second."""
+        """Wait until these bytes may go. False after close(), or if `stop` says so, asked ten times a second."""
         if self._bucket is None:
             return not self._closed.is_set() and not stop()
         with self._lock:

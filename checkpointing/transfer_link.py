@@ -51,6 +51,7 @@ class Link:
     def __init__(self, address: str, key: bytes, timeout_s: float) -> None:
         self.address = address
         self._connection = http.client.HTTPConnection(address, timeout=timeout_s)
+        self._connection.auto_open = 0  # a new connection needs new nonces
         self._proof = ""
         self._response: http.client.HTTPResponse | None = None
         nonce = new_nonce()

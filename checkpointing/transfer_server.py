@@ -32,6 +32,7 @@ from typing import Any
 from checkpointing.copies import CopyRefusedError, CopyStore, Located, Refusal
 from checkpointing.layout import ShardRef
 from checkpointing.ratelimit import yield_to_training
+from checkpointing.segment import Control
 from checkpointing.transfer_auth import (
     CONTROL_HEADER,
     COUNTER_HEADER,
@@ -50,6 +51,7 @@ from checkpointing.transfer_wire import (
     MAX_HEAD_BYTES,
     NONCE_PATH,
     RESUME_INCOMPLETE,
+    Span,
     decode_control,
     encode_control,
     format_content_range,
@@ -165,6 +167,19 @@ class _BoundedHeads(io.BufferedReader):
         if self.head_left_bytes < 0:
             raise http.client.LineTooLong("head")
         return line
+
+
+class _Body:
+    """Reads no further than a body goes."""
+
+    def __init__(self, rfile: io.BufferedReader, size_bytes: int) -> None:
+        self._rfile = rfile
+        self.left_bytes = size_bytes
+
+    def read_into(self, view: memoryview) -> int:
+        count = self._rfile.readinto(view[: self.left_bytes])
+        self.left_bytes -= count
+        return count
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -294,20 +309,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
             return
+        self._receive(control, span)
+
+    def _receive(self, control: Control, span: Span) -> None:
+        body = _Body(self.rfile, span.end - span.start)
         cut = functools.partial(_cut, self.connection)
         try:
-            received_bytes = self.server.copies.receive(control, span.start, span.end, self.rfile.readinto, cut)
+            received_bytes = self.server.copies.receive(control, span.start, span.end, body.read_into, cut)
         except CopyRefusedError as refused:
             self._refuse(_STATUS[refused.refusal], str(refused))
             return
-        if received_bytes == control.size_bytes:
-            # Of a copy that was here already no body has been read, if one follows.
-            self.close_connection = self.close_connection or span.start < span.end
-            self._send(AnswerHead(status=HTTPStatus.CREATED, received=str(received_bytes)))
-        elif span.start < span.end and received_bytes < span.end:
-            self.close_connection = True
-        else:
-            self._send(AnswerHead(status=RESUME_INCOMPLETE, received=str(received_bytes)))
+        self.close_connection = self.close_connection or body.left_bytes > 0
+        status = HTTPStatus.CREATED if received_bytes == control.size_bytes else RESUME_INCOMPLETE
+        self._send(AnswerHead(status=status, received=str(received_bytes)))
 
     def _refuse(self, status: HTTPStatus, reason: str = "") -> None:
         """Say why and end the connection: a body may follow that nobody will read."""
