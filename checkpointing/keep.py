@@ -7,6 +7,11 @@ from collections.abc import Sequence
 
 import msgspec
 
+from checkpointing.layout import Manifest
+
+VALIDATION_LOSS = "validation_loss"
+"""Name of the scalar that holds a snapshot's validation loss, null if it was not measured; the same on all ranks."""
+
 
 class KeptInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the rule needs to know of a whole snapshot. validation_loss: None where it was not measured."""
@@ -14,6 +19,16 @@ class KeptInfo(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     generation: int
     validation_loss: float | None = None
+
+
+def kept_info(manifest: Manifest) -> KeptInfo:
+    """What the rule needs to know of a committed snapshot. A loss that cannot be read counts as not measured."""
+    try:
+        raw = manifest.shards[0].scalars.get(VALIDATION_LOSS, msgspec.Raw(b"null"))
+        loss = msgspec.json.decode(raw, type=float | None)
+    except msgspec.DecodeError:
+        loss = None
+    return KeptInfo(step=manifest.step, generation=manifest.generation, validation_loss=loss)
 
 
 def kept_steps(snapshots: Sequence[KeptInfo], keep_last: int, keep_every_steps: int, keep_best: int) -> frozenset[int]:

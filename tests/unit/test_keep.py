@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpointing.keep import KeptInfo, kept_steps
+from checkpointing.keep import VALIDATION_LOSS, KeptInfo, kept_info, kept_steps
+from checkpointing.layout import Manifest, Shard
 
 LOSSES = st.none() | st.sampled_from([1.0, 2.0, 3.0]) | st.floats()
 SNAPSHOTS = st.lists(
@@ -70,10 +73,12 @@ def test_asking_for_more_never_removes(snapshots: list[KeptInfo], last: int, eve
 
 
 @given(SNAPSHOTS, LAST, EVERY, BEST, st.randoms(use_true_random=False))
-def test_the_order_of_listing_does_not_matter(snapshots, last: int, every: int, best: int, random) -> None:
+def test_the_order_of_listing_does_not_matter(
+    snapshots: list[KeptInfo], last: int, every: int, best: int, order: random.Random
+) -> None:
     """Two nodes that list the same snapshots decide the same."""
     shuffled = list(snapshots)
-    random.shuffle(shuffled)
+    order.shuffle(shuffled)
     assert kept_steps(shuffled, last, every, best) == kept_steps(snapshots, last, every, best)
 
 
@@ -88,3 +93,15 @@ def test_ties_missing_and_broken_losses() -> None:
     ]
     assert kept_steps([old, new, *others], keep_last=1, keep_every_steps=0, keep_best=1) == {20, 30}
     assert kept_steps([old, new, *others], keep_last=1, keep_every_steps=0, keep_best=9) == {10, 20, 30}
+
+
+def test_what_the_rule_knows_comes_from_the_manifest() -> None:
+    """The loss is rank 0's scalar; without one, or with null or nonsense in its place, it was not measured."""
+    for text, loss in ((b"2.5", 2.5), (b"3", 3.0), (b"null", None), (b'"low"', None), (None, None)):
+        scalars = {"tokens_seen": msgspec.Raw(b"7")} | ({} if text is None else {VALIDATION_LOSS: msgspec.Raw(text)})
+        shard = Shard(
+            rank=0, file="g2-rank00000.safetensors", size_bytes=8, checksum="", data_start_bytes=8, tensors=(),
+            scalars=scalars, leaves={},
+        )  # fmt: skip
+        manifest = Manifest(version=1, step=40, generation=2, world_size=1, mesh={}, t_wall_s=0.0, shards=(shard,))
+        assert kept_info(manifest) == KeptInfo(step=40, generation=2, validation_loss=loss)
