@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -39,7 +41,7 @@ class Outline:
             module, prefix, inner = fused
             with _holding(module, inner, tensor):
                 return module.state_dict(prefix=prefix)
-        return {name: tensor} | {key: tensor for key in self._tied.get(name, ())}
+        return {name: tensor} | dict.fromkeys(self._tied.get(name, ()), tensor)
 
     def join(self, name: str, entries: dict[str, Tensor]) -> Tensor:
         """The inverse of `split`; only the entries that `split` gives are looked at, the first of tied ones."""
@@ -58,20 +60,17 @@ class Outline:
         return (self.model.get_submodule(prefix.removesuffix(".")), prefix, found + inner) if found else None
 
 
-class _holding:
-    """Let a module have `tensor` as its parameter `inner` for a while: its hooks work on what it holds."""
-
-    def __init__(self, module: nn.Module, inner: str, tensor: Tensor) -> None:
-        owner, _, self._attribute = inner.rpartition(".")
-        self._owner = module.get_submodule(owner)
-        self._tensor = tensor
-
-    def __enter__(self) -> None:
-        self._before = self._owner.get_parameter(self._attribute)
-        setattr(self._owner, self._attribute, nn.Parameter(self._tensor, requires_grad=False))
-
-    def __exit__(self, *unused: object) -> None:
-        setattr(self._owner, self._attribute, self._before)
+@contextlib.contextmanager
+def _holding(module: nn.Module, inner: str, tensor: Tensor) -> Iterator[None]:
+    """Let a module have `tensor` as its parameter `inner` for a while: its state dict hooks work on what it holds."""
+    prefix, _, attribute = inner.rpartition(".")
+    owner = module.get_submodule(prefix)
+    before = owner.get_parameter(attribute)
+    setattr(owner, attribute, nn.Parameter(tensor, requires_grad=False))
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, before)
 
 
 def outline(config: JobConfig) -> Outline:
