@@ -1,138 +1,141 @@
-"""`python -m benchmarks.checkpoint`: the stall that a snapshot of every step puts into a step, against torch's own."""
+"""`python -m benchmarks.checkpoint`: what it costs to keep a state and to get it back, against peers and the limits."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import statistics
+import os
 import time
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.common import JOB, Workspace, console, show, small_corpus, wait_for_quiet, workspace
-from benchmarks.ranks import run_ranks
-from benchmarks.results import Result, Series, machine, now, ratio, series, settings, versions, write_result
-from checkpointing.persister import Persister
-from checkpointing.store import NodeStore, StoreEvent, StoreEventKind
+from benchmarks.checkpoint_report import Case, aim_notes, all_ratios, all_series, judge, show_aims, show_case
+from benchmarks.checkpoint_sides import LIMIT, SIDES, NotRunError, Side, SideResult, run_side
+from benchmarks.common import Workspace, console, wait_for_quiet, workspace
+from benchmarks.results import RESULTS, Result, machine, now, settings, versions, write_result
 
-RANKS = 2
-WARM_UP = 3
-SAVERS = ("none", "everstep", "dcp.async_save, tuned", "dcp.async_save", "dcp.save")
-SIZES = {
-    "small": {"layers": 6, "vocab_size": 2048},
-    "large": {"layers": 6, "vocab_size": 73728},
-}
-FIXED = {"steps": 1000, "seq_len": 64, "global_batch_size": 4, "microbatch_size": 2, "ranks": RANKS}
+
+class Size(NamedTuple):
+    """A state over all ranks, how long the step is that overlaps with saving it, and how often each is measured."""
+
+    gb: float
+    step_s: float
+    repeats: int
+
+
+FULL = (Size(0.5, 2.0, 4), Size(2.0, 4.0, 3), Size(6.0, 8.0, 2))
+QUICK = (Size(0.1, 0.5, 2),)
+RANKS, QUICK_RANKS = (2, 4), (2,)
 
 NOTES = (
-    "stall: time in which the training thread of the slowest rank is held up, call and wait together; every step is "
-    "snapshotted.",
-    "everstep: to shared memory with checksums while the next step computes, and to disk (read back from memory, "
-    "verified, fsync, manifest last) as often as the disk allows; a step that finds the disk busy is kept in memory "
-    "only, and training does not wait.",
-    "dcp.async_save refuses a second save before the first is on disk: where that takes longer than a step, waiting is "
-    "part of its stall. Tuned: plan cached, staging in a thread by a stager that is kept, written by a process from "
-    "shared memory: the fastest of those tried on CPU. dcp.save has its plan cached too.",
-    "limit: one plain copy of the same bytes, by all ranks at once; a copy that overlaps with computing can stall "
-    "less, but costs the two cores as much.",
+    "one state, fp32, cut by rows over the ranks: an eighth of it one tensor, the rest matrices of 8 MiB and vectors "
+    "of 16 KiB. Each side has fresh processes and a first save that does not count (Everstep: one into each slot), "
+    "told as `stall of the first save`. Times are the slowest rank's.",
+    "stall: the training thread is held up, call and wait together. Nothing overlaps: it waits at once until the state "
+    "may change. A step overlaps: matrix products of a known length compute meanwhile, on the same cores, which makes "
+    "the step longer too; compare `step with a save` with the limit's `step without a save`.",
+    "durable: from the call until whole on disk with fsync, everywhere. torch_checkpointing does not fsync; it is done "
+    "for it, and counted.",
+    "restore: into memory that is there, until the content's digest is the saved one's; from a disk with nothing of it "
+    "in the page cache. Everstep verifies every checksum before it writes a byte of the state.",
+    "peak memory: anonymous and shared memory of the whole machine beyond what was in use before, the live state "
+    "included, the page cache not; Everstep keeps its slots (three snapshots) there on purpose.",
+    "torch_checkpointing's defaults do not run here: a resharder's metadata collective wants CUDA (`Torch not compiled "
+    "with CUDA enabled`), and direct I/O ends with EINVAL. It runs without both, and loads on the same layout only.",
+    "tuned: dcp with its plan cached and its staging memory kept; torch_checkpointing with staging memory allocated "
+    "beforehand; megatron-core with structure and metadata cached.",
+    "megatron-core asks CUDA for a device and to synchronise; here the benchmark answers for it. On the CPU it copies "
+    "nothing and forks: its stall is a fork, and the update that follows pays for copying page by page.",
+    "limit: one plain copy, one file a rank written with fsync and read cold, by all ranks at once, into memory that "
+    "was touched before. Measured before and after all sides, since disks of virtual machines vary.",
 )
 
 
 def main() -> None:
     """Measure, show, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=8, help="measured steps in each round")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds over all savers")
-    parser.add_argument("--no-wait", action="store_true", help="do not wait for a quiet machine")
-    options = parser.parse_args()
+    options = _options()
+    os.environ["OMP_NUM_THREADS"] = "1"
     if not options.no_wait:
         wait_for_quiet()
     here, taken_at, began_s = machine(), now(), time.monotonic()
-    figures: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    sizes, ranks = (QUICK, QUICK_RANKS) if options.quick else (FULL, RANKS)
+    sizes = tuple(size for size in sizes if not options.sizes or size.gb in options.sizes)
+    words: list[str] = []
+    cases = []
     with workspace("checkpoint") as place:
-        for size, model in SIZES.items():
-            corpus = small_corpus(place.disk / "corpus")
-            job = place.disk / f"{size}.toml"
-            job.write_text(JOB.format(corpus=corpus, **FIXED, **model))
-            for _ in range(options.rounds):
-                for saver in SAVERS:
-                    found = _run(place, job, saver, options.steps)
-                    for name, values in found.items():
-                        figures[size, saver, name].extend(values)
-                    console.print(
-                        f"{size} {saver}: {1e3 * statistics.median(found['stall_s']):.1f} ms stall in a step of "
-                        f"{1e3 * statistics.median(found['step_s']):.0f} ms"
-                    )
+        os.environ["TMPDIR"] = str(place.disk)
+        for size in sizes:
+            for world_size in ranks:
+                cases.append(_case(place, size, world_size, options.sides, words))
+    found, ratios = all_series(cases), all_ratios(cases)
+    judged = judge(cases, ratios)
     result = Result(
         benchmark="checkpoint",
         taken_at=taken_at,
         seconds=round(time.monotonic() - began_s, 1),
         machine=here,
         versions=versions(),
-        settings=settings({**FIXED, "sizes": SIZES, "rounds": options.rounds, "measured steps": options.steps}),
-        series=tuple(_series(figures)),
-        ratios=tuple(
-            ratio(f"stall, everstep of {peer}, {size}", _stall(figures, size, "everstep"), _stall(figures, size, peer))
-            for size in SIZES
-            for peer in SAVERS[2:]
-        ),
-        notes=NOTES,
+        settings=settings({"sizes (GB, step in s, repeats)": [tuple(size) for size in sizes], "ranks": ranks}),
+        series=tuple(found),
+        ratios=tuple(ratios),
+        notes=(*NOTES, *words, *aim_notes(judged)),
     )
-    show(result)
-    console.print(f"written to {write_result(result)}")
+    for case in cases:
+        show_case(case)
+    for note in result.notes:
+        console.print(f"- {note}", style="dim", highlight=False, markup=False)
+    show_aims(judged)
+    if options.into or not options.quick:
+        console.print(f"written to {write_result(result, Path(options.into or RESULTS))}")
 
 
-def _run(place: Workspace, job: Path, saver: str, steps: int) -> dict[str, list[float]]:
-    """One round of one saver. This process plays the agent's part: it persists what is in shared memory."""
-    folder, segments = place.disk / "checkpoints", place.memory / "segments"
-    committed: dict[int, float] = {}
-
-    def on_event(event: StoreEvent) -> None:
-        if event.kind is StoreEventKind.COMMITTED:
-            committed[event.step] = time.monotonic()
-        elif event.kind is StoreEventKind.FAILED:
-            console.print(f"[bold red]{event.detail}[/]")
-
-    persister = Persister(NodeStore(segments, folder), on_event).start()
-    try:
-        words = [str(job), str(folder), saver, str(steps), str(place.memory), str(WARM_UP)]
-        found = run_ranks(place, "benchmarks.checkpoint_ranks", RANKS, *words)
-        persister.flush(60.0)
-    finally:
-        persister.stop()
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(segments, ignore_errors=True)
-    begun = dict(zip(found.pop("begun_step", []), found.pop("begun_s", []), strict=True))
-    durable = found.get("durable_s") or [at_s - begun[step] for step, at_s in committed.items()]
-    if durable:
-        on_disk_pct = 100.0 * len(durable) / (steps + WARM_UP)
-        found |= {"durable_s": durable, "on_disk_pct": [on_disk_pct]}
-    return found
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="0.1 GB on 2 ranks, to see that all runs; not recorded")
+    parser.add_argument("--sizes", type=float, nargs="+", help="only these sizes, in GB")
+    parser.add_argument("--sides", nargs="+", help="only these sides, and the limits")
+    parser.add_argument("--into", help="folder of the record, instead of benchmarks/results")
+    parser.add_argument("--no-wait", action="store_true", help="do not wait for a quiet machine")
+    return parser.parse_args()
 
 
-def _stall(figures: dict[tuple[str, str, str], list[float]], size: str, saver: str) -> Series:
-    return series(saver, f"{size}: stall", "ms", [1e3 * value for value in figures[size, saver, "stall_s"]])
+def _case(place: Workspace, size: Size, world_size: int, only: Sequence[str] | None, words: list[str]) -> Case:
+    """All sides of one size on so many ranks; `words` gets a line for each that could not be measured."""
+    name = f"{size.gb:g} GB, {world_size} ranks"
+    results: dict[str, SideResult] = {}
+    chosen = [side for side in SIDES if not only or side.name in only]
+    for side in (LIMIT, *chosen, LIMIT):
+        began_s = time.monotonic()
+        try:
+            found = run_side(place, side, int(size.gb * 1e9), world_size, size.step_s, size.repeats)
+        except NotRunError as error:
+            words.append(f"not measured: {side.name}, {name}: {error}")
+            console.print(words[-1], style="yellow", highlight=False, markup=False)
+            continue
+        if found.note:
+            words.append(f"{side.name}, {name}: {found.note}")
+        results[side.name] = _together(results[side.name], found) if side.name in results else found
+        console.print(f"{name}: {_line(side, found)} ({time.monotonic() - began_s:.0f} s)", highlight=False)
+    return Case(name, results)
 
 
-def _series(figures: dict[tuple[str, str, str], list[float]]) -> list[Series]:
-    found = []
-    for saver in SAVERS:
-        for size in SIZES:
-            if saver != "none":
-                found.append(_stall(figures, size, saver))
-                durable = figures[size, saver, "durable_s"]
-                if durable:
-                    found.append(series(saver, f"{size}: begun to on disk", "s", durable))
-                    reached = figures[size, saver, "on_disk_pct"]
-                    found.append(series(saver, f"{size}: steps that reached the disk", "percent", reached))
-            lengths = figures[size, saver, "step_s"]
-            found.append(series(saver, f"{size}: step", "ms", [1e3 * value for value in lengths]))
-    for size in SIZES:
-        copies = [1e3 * value for value in figures[size, "none", "memcpy_s"]]
-        found.append(series("limit", f"{size}: one copy in memory", "ms", copies))
-        state = [value / 1e6 for value in figures[size, "none", "state_bytes"]]
-        found.append(series("limit", f"{size}: state of a rank", "MB", state))
-    return found
+def _together(first: SideResult, second: SideResult) -> SideResult:
+    figures = {name: [*values, *second.figures.get(name, [])] for name, values in first.figures.items()}
+    return first._replace(figures=figures)
+
+
+def _line(side: Side, found: SideResult) -> str:
+    def median(key: str) -> float:
+        values = sorted(found.figures[key])
+        return values[len(values) // 2]
+
+    if side is LIMIT:
+        return f"limits: copy {1e3 * median('memcpy_s'):.0f} ms, write and fsync {median('write_s'):.2f} s"
+    return (
+        f"{side.name}: stall {1e3 * median('stall_s'):.0f} ms, overlapped "
+        f"{1e3 * median('overlapped_stall_s'):.0f} ms, durable {median('durable_s'):.2f} s, "
+        f"restored {median('restore_disk_s'):.2f} s"
+    )
 
 
 if __name__ == "__main__":

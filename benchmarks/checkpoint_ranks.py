@@ -1,257 +1,234 @@
-"""The ranks of `benchmarks.checkpoint`: one loop, snapshotted every step by one of several savers.
+"""The ranks of `benchmarks.checkpoint`: one fresh process each for every side, forked where torch is imported already.
 
-`-m benchmarks.checkpoint_ranks OUT CONFIG FOLDER SAVER STEPS MEMORY WARM_UP`. Figures of rank 0: `stall_s` is the time
-in which the training thread was held up by a snapshot, over all ranks the longest; `step_s` the whole step; `memcpy_s`
-one plain copy of the rank's bytes; `durable_s` from the call to its being whole on disk; everstep's agent knows that,
-and gets `begun_step` and `begun_s` (monotonic) instead.
+Figures, over all ranks the longest: `stall_s` (nothing overlaps: begin to save and wait until the state may change),
+`durable_s` (from the same beginning until whole on disk everywhere), `overlapped_stall_s` and `overlapped_step_s` (a
+step of known length computes meanwhile), `restore_*_s` (verified: the content's digest is the saved one's).
+`saved_at_s` and `restored_at_s` are the ends of these parts (monotonic), `state_bytes` is one rank's.
 """
 
 from __future__ import annotations
 
-import sys
+import os
+import shutil
 import time
-from concurrent.futures import Future
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
 
+import msgspec
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from torch.distributed.device_mesh import init_device_mesh
 
-from benchmarks.plainloop import build, join_group, read_from
-from benchmarks.ranks import write_figures
-from checkpointing.manager import SnapshotManager
-from configs.load import load_job
-from parallelism.engine import Engine
-from parallelism.mesh import World
+from benchmarks.checkpoint_everstep import Everstep, Places
+from benchmarks.checkpoint_files import forget_cached, read_into, write_durably
+from benchmarks.checkpoint_savers import (
+    DcpAsyncSave,
+    DcpSave,
+    MegatronAsync,
+    Saver,
+    TorchCheckpointing,
+    step_folder,
+)
+from benchmarks.checkpoint_state import Compute, State, longest
+from checkpointing import disk
 
-Figures = dict[str, list[float]]
-
-
-class Saver(Protocol):
-    """One way to keep every step."""
-
-    def before_update(self) -> None:
-        """The weights are about to change."""
-
-    def after_update(self, step: int) -> None:
-        """The step is in the weights."""
-
-    def close(self) -> Figures:
-        """Finish; returns what the saver measured itself."""
+KEPT = 2
+WARM_UP = 1
+OUT_NAME = "figures.json"
 
 
-class Nothing:
-    """No snapshots."""
+class Work(msgspec.Struct, frozen=True, kw_only=True):
+    """What one side's ranks shall do. total_bytes: over all ranks; folder: on the disk, this side's own."""
 
-    def before_update(self) -> None:
-        """See Saver."""
+    side: str
+    world_size: int
+    port: int
+    total_bytes: int
+    step_s: float
+    repeats: int
+    folder: str
+    places: Places
 
-    def after_update(self, step: int) -> None:
-        """See Saver."""
 
-    def close(self) -> Figures:
-        """See Saver."""
-        return {}
+class Figures:
+    """Samples by name; every rank adds, with the longest of all."""
 
+    def __init__(self) -> None:
+        self.values: defaultdict[str, list[float]] = defaultdict(list)
 
-class Everstep:
-    """Every step to shared memory, to disk whenever the disk is free; the benchmark persists, as an agent would."""
+    def add(self, name: str, mine: float) -> None:
+        """Collective."""
+        self.values[name].append(longest(mine))
 
-    def __init__(self, engine: Engine, world: World, folder: Path, memory: Path) -> None:
-        ram = memory / "segments"
-        ram.mkdir(exist_ok=True)
-        self.manager = SnapshotManager(
-            engine.state(), ram, world.local_rank, world.rank, world.world_size, 1, folder, {"dp_shard": 2}
-        )
-        self.manager.prepare()
-        self.persisted: dict[int, float] = {}
+    def timed(self, name: str, call: Callable[[], None]) -> None:
+        """Run `call` on all ranks at once and keep the longest time. Collective."""
         dist.barrier()
-
-    def before_update(self) -> None:
-        """See Saver."""
-        self.manager.wait()
-
-    def after_update(self, step: int) -> None:
-        """See Saver."""
-        # What the vote says in a real step.
-        busy = torch.tensor([self.manager.persist_busy], dtype=torch.int32)
-        dist.all_reduce(busy, op=dist.ReduceOp.MAX)
-        persist = not busy.item()
-        if persist:
-            self.persisted[step] = time.monotonic()
-        self.manager.stage(step, persist=persist, scalars={})
-
-    def close(self) -> Figures:
-        """See Saver."""
-        self.manager.wait()
-        self.manager.close()
-        return {"begun_step": [float(step) for step in self.persisted], "begun_s": list(self.persisted.values())}
-
-
-class DcpSave:
-    """torch's distributed checkpoint, saved before the next step begins."""
-
-    def __init__(self, engine: Engine, folder: Path) -> None:
-        self.state: dict[str, Any] = dict(engine.state())
-        self.folder = folder
-        self.saved_s: list[float] = []
-
-    def before_update(self) -> None:
-        """See Saver. Nothing is under way."""
-
-    def after_update(self, step: int) -> None:
-        """See Saver."""
         began_s = time.monotonic()
-        dcp.save(self.state, storage_writer=_writer(self.folder, step), planner=_planner())
-        self.saved_s.append(time.monotonic() - began_s)
-
-    def close(self) -> Figures:
-        """See Saver."""
-        return {"durable_s": self.saved_s}
+        call()
+        self.add(name, time.monotonic() - began_s)
 
 
-class DcpAsyncSave:
-    """torch's `async_save`, as it comes or tuned.
+def run_rank(rank: int, work: Work) -> None:
+    """One rank from its beginning to its end; rank 0 leaves the figures, a rank that fails its reason."""
+    os.setsid()
+    log = os.open(Path(work.folder) / "ranks.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(work.world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(work.port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        _run(rank, work)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        (Path(work.folder) / f"failed-{rank}.txt").write_text(reason[:600])
+        raise
 
-    Tuned is what was fastest on CPU: the plan cached; staged by a stager that is kept, in a thread, so that it overlaps
-    with the next forward and backward (waited for before the update); written by a process that reads shared memory.
-    """
 
-    def __init__(self, engine: Engine, folder: Path, tuned: bool) -> None:
-        self.state: dict[str, Any] = dict(engine.state())
-        self.folder = folder
-        self.group = dist.new_group(backend="gloo")
-        self.options: dict[str, Any] = {}
-        self.stager: DefaultStager | None = None
-        if tuned:
-            # The stager knows a tensor again by its storage's Python object, which must live on for that.
-            self.storages = [part.untyped_storage() for part in _parts(engine)]
-            self.stager = DefaultStager(StagingOptions(False, True, True, False))
-            self.options = {"async_stager": self.stager, "async_checkpointer_type": AsyncCheckpointerType.PROCESS}
-        self.tuned = tuned
-        self.staged: Future[None] | None = None
-        self.uploaded: Future[Any] | None = None
-        self.durable_s: list[float] = []
-
-    def before_update(self) -> None:
-        """See Saver."""
-        if self.staged is not None:
-            self.staged.result()
-
-    def after_update(self, step: int) -> None:
-        """See Saver. async_save refuses a second save before the first is on disk: waiting is part of the stall."""
-        if self.uploaded is not None:
-            self.uploaded.result()
-        began_s = time.monotonic()
-        planner = _planner() if self.tuned else None
-        response = dcp.async_save(
-            self.state,
-            storage_writer=_writer(self.folder, step),
-            process_group=self.group,
-            planner=planner,
-            **self.options,
-        )
-        if isinstance(response, AsyncSaveResponse):
-            self.staged, self.uploaded = response.staging_completion, response.upload_completion
+def _run(rank: int, work: Work) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=240))
+    mesh = init_device_mesh("cpu", (work.world_size,))
+    state = State(work.total_bytes, mesh)
+    figures = Figures()
+    with torch.no_grad():
+        if work.side == "limit":
+            _limits(state, work, figures)
         else:
-            self.uploaded = response
-        self.uploaded.add_done_callback(lambda _: self.durable_s.append(time.monotonic() - began_s))
-
-    def close(self) -> Figures:
-        """See Saver."""
-        if self.uploaded is not None:
-            self.uploaded.result()
-        if self.stager is not None:
-            self.stager.close()
-        return {"durable_s": self.durable_s}
-
-
-def _writer(folder: Path, step: int) -> dcp.FileSystemWriter:
-    return dcp.FileSystemWriter(folder / str(step % 3), overwrite=True)
-
-
-def _planner() -> dcp.DefaultSavePlanner:
-    return dcp.DefaultSavePlanner(enable_plan_caching=True)
-
-
-def main() -> None:
-    """Measure one saver."""
-    out, config, folder, memory = Path(sys.argv[1]), load_job(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[6])
-    name, steps, warm_up = sys.argv[4], int(sys.argv[5]), int(sys.argv[7])
-    world = join_group()
-    engine = build(config, world)
-    loop = read_from(config, engine, 1)
-    saver = _saver(name, engine, world, folder, memory)
-    stalls, lengths = [], []
-    for step in range(1, steps + warm_up + 1):
-        began_s = time.monotonic()
-        loop.compute(step)
-        held_s = -time.monotonic()
-        saver.before_update()
-        held_s += time.monotonic()
-        loop.update(step)
-        dist.barrier()
-        held_s -= time.monotonic()
-        saver.after_update(step)
-        held_s += time.monotonic()
-        if step > warm_up:
-            stalls.append(_longest(held_s))
-            lengths.append(time.monotonic() - began_s)
-    found = saver.close()
-    loop.data.close()
+            _saver_figures(state, work, figures)
+    if rank == 0:
+        figures.values["state_bytes"] = [float(state.size_bytes)]
+        (Path(work.folder) / OUT_NAME).write_bytes(msgspec.json.encode(figures.values))
     dist.barrier()
-    # On all ranks at once, as snapshots are: they share the memory's bandwidth.
-    copies = [_longest(seconds) for seconds in _memcpy(engine)]
-    if world.rank == 0:
-        size = [float(sum(part.nbytes for part in _parts(engine)))]
-        write_figures(out, {"stall_s": stalls, "step_s": lengths, "memcpy_s": copies, "state_bytes": size, **found})
-    dist.barrier()
+    dist.destroy_process_group()
 
 
-def _saver(name: str, engine: Engine, world: World, folder: Path, memory: Path) -> Saver:
+def make_saver(state: State, work: Work) -> Saver:
+    """The saver a side is called after."""
+    name, _, tuned = work.side.partition(", ")
+    folder = Path(work.folder) / "checkpoints"
     match name:
-        case "none":
-            return Nothing()
         case "everstep":
-            return Everstep(engine, world, folder, memory)
+            return Everstep(state, work.places)
         case "dcp.save":
-            return DcpSave(engine, folder)
-        case "dcp.async_save" | "dcp.async_save, tuned":
-            return DcpAsyncSave(engine, folder, tuned=name.endswith("tuned"))
-    raise ValueError(f"no saver is called {name!r}")
+            return DcpSave(state, folder, bool(tuned))
+        case "dcp.async_save thread" | "dcp.async_save process":
+            return DcpAsyncSave(state, folder, bool(tuned), process=name.endswith("process"))
+        case "torch_checkpointing":
+            return TorchCheckpointing(state, folder, bool(tuned))
+        case "megatron-core async":
+            return MegatronAsync(state, folder, bool(tuned))
+    raise ValueError(f"no saver is called {work.side!r}")
 
 
-def _longest(mine_s: float) -> float:
-    value = torch.tensor([mine_s], dtype=torch.float64)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return float(value.item())
+def _saver_figures(state: State, work: Work, figures: Figures) -> None:
+    compute = Compute(work.step_s)
+    saver = make_saver(state, work)
+    step = 0
+    # Memory that is touched for the first time is slow: every slot of ours, and the peers' one, gets a first save.
+    warm_up = work.places.slots if isinstance(saver, Everstep) else WARM_UP
+    for number in range(warm_up + work.repeats):
+        step += 1
+        into = figures if number >= warm_up else _first(figures, number)
+        _save_alone(saver, step, into)
+        state.update()
+        _forget_older(saver, step, work)
+    for _ in range(work.repeats):
+        step += 1
+        _save_overlapped(saver, step, state, compute, figures)
+        _forget_older(saver, step, work)
+    step += 1
+    digest = state.digest()
+    _save_alone(saver, step, Figures())
+    figures.add("saved_at_s", time.monotonic())
+    _restore(saver, step, state, digest, work, figures)
+    saver.close()
 
 
-def _parts(engine: Engine) -> list[torch.Tensor]:
-    found = []
-    for stateful in engine.state().values():
-        for value in stateful.state_dict().values():
-            if isinstance(value, torch.Tensor):
-                found.append(value.to_local() if hasattr(value, "to_local") else value)
+def _first(figures: Figures, number: int) -> Figures:
+    """Where the warm-up's figures go: the very first stall is kept under a name of its own."""
+    found = Figures()
+    if number == 0:
+        found.values["stall_s"] = figures.values["first_stall_s"]
     return found
 
 
-def _memcpy(engine: Engine) -> list[float]:
-    """Seconds of one plain copy of this rank's state into memory that was touched before."""
-    parts = _parts(engine)
-    copies = [torch.empty_like(part) for part in parts]
-    times = []
-    with torch.no_grad():
-        for _ in range(6):
-            began_s = time.monotonic()
-            for copy, part in zip(copies, parts, strict=True):
-                copy.copy_(part)
-            times.append(time.monotonic() - began_s)
-    return times[1:]
+def _save_alone(saver: Saver, step: int, figures: Figures) -> None:
+    dist.barrier()
+    began_s = time.monotonic()
+    saver.begin(step)
+    saver.release()
+    held_s = time.monotonic() - began_s
+    done_s = saver.durable() - began_s
+    figures.add("stall_s", held_s)
+    figures.add("durable_s", done_s)
 
 
-if __name__ == "__main__":
-    main()
+def _save_overlapped(saver: Saver, step: int, state: State, compute: Compute, figures: Figures) -> None:
+    """A step: what was computed last is saved while the next is computed; the update waits for the copy."""
+    dist.barrier()
+    began_s = time.monotonic()
+    saver.begin(step)
+    held_s = time.monotonic() - began_s
+    compute.step()
+    held_s -= time.monotonic()
+    saver.release()
+    held_s += time.monotonic()
+    state.update()
+    step_s = time.monotonic() - began_s
+    saver.durable()
+    figures.add("overlapped_stall_s", held_s)
+    figures.add("overlapped_step_s", step_s)
+
+
+def _restore(saver: Saver, step: int, state: State, digest: str, work: Work, figures: Figures) -> None:
+    ways: dict[str, Callable[[], None]] = {"disk": lambda: saver.load(step)}
+    if isinstance(saver, Everstep):
+        ways["ram"] = lambda: saver.load_from_ram(step)
+    for name, way in sorted(ways.items(), reverse=True):
+        for _ in range(work.repeats):
+            state.clear()
+            if name == "disk" and dist.get_rank() == 0:
+                forget_cached(Path(work.folder))
+            figures.timed(f"restore_{name}_s", way)
+            if state.digest() != digest:
+                raise RuntimeError(f"what came back from {name} is not what was saved")
+    figures.add("restored_at_s", time.monotonic())
+
+
+def _forget_older(saver: Saver, step: int, work: Work) -> None:
+    """Everstep has its own retention; for all others, rank 0 removes what is old, outside of all measured times."""
+    if not isinstance(saver, Everstep) and dist.get_rank() == 0:
+        shutil.rmtree(step_folder(Path(work.folder) / "checkpoints", step - KEPT), ignore_errors=True)
+    dist.barrier()
+
+
+def _limits(state: State, work: Work, figures: Figures) -> None:
+    """What the machine can do: a copy in memory, a file written and synced, one read cold, and the step alone."""
+    compute = Compute(work.step_s)
+    copies = [torch.zeros_like(local) for local in state.locals]
+    path = Path(work.folder) / f"limit-{dist.get_rank()}"
+    for number in range(WARM_UP + work.repeats):
+        into = figures if number >= WARM_UP else Figures()
+        into.timed("memcpy_s", lambda: _copy(copies, state.locals))
+        into.timed("write_s", lambda: write_durably(path, state.locals))
+        disk.sync_dir(path.parent)
+        if dist.get_rank() == 0:
+            forget_cached(path.parent)
+        into.timed("read_s", lambda: read_into(path, copies))
+        path.unlink()
+        into.timed("plain_step_s", lambda: _plain_step(compute, state))
+    figures.add("saved_at_s", time.monotonic())
+
+
+def _copy(into: list[torch.Tensor], out_of: list[torch.Tensor]) -> None:
+    for copy, part in zip(into, out_of, strict=True):
+        copy.copy_(part)
+
+
+def _plain_step(compute: Compute, state: State) -> None:
+    compute.step()
+    state.update()
