@@ -15,6 +15,7 @@ def format_step_line(record: StepRecord, ettr: float | None, eta_s: float | None
     fields = (
         ("step", f"{record.step}/{record.steps}"),
         ("loss", UNKNOWN if record.loss_avg is None else f"{record.loss_avg:.4f}"),
+        *(() if record.validation_loss is None else (("val_loss", f"{record.validation_loss:.4f}"),)),
         ("grad_norm", UNKNOWN if record.grad_norm is None else f"{record.grad_norm:.2f}"),
         ("memory", _memory(record.memory_gib, record.memory_pct)),
         ("tps", f"{record.tokens_per_sec_per_gpu:,.0f}"),

@@ -72,6 +72,7 @@ def metric_row(record: StepRecord, ettr: float | None) -> dict[str, float | int]
     row = {
         "loss/avg": record.loss_avg,
         "loss/max": record.loss_max,
+        "validation/loss_avg": record.validation_loss,
         "grad_norm": record.grad_norm,
         "lr": record.lr,
         "tokens_seen": record.tokens_seen,
@@ -80,6 +81,7 @@ def metric_row(record: StepRecord, ettr: float | None) -> dict[str, float | int]
         "throughput/mfu_pct": record.mfu_pct,
         "time/step_s": record.step_s,
         "time/data_s": record.data_s,
+        "time/validation_s": record.validation_s if record.validation_loss is not None else None,
         "memory/max_reserved_gib": record.memory_gib,
         "checkpoint/stall_s": record.stall_s,
         "goodput/ettr": ettr,

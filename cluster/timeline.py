@@ -34,6 +34,7 @@ class TimeCause(enum.StrEnum):
     STARTUP = "startup"
     SNAPSHOT_STALL = "snapshot_stall"
     DATA_WAIT = "data_wait"
+    VALIDATION = "validation"
     BETWEEN_STEPS = "between_steps"
     LOST = "lost"
     NOTICING = "noticing"
@@ -109,7 +110,8 @@ class _Generation:
         if self.records and first is not None:
             record = self.records[0]
             if record.step == first or not ends:
-                return _us(record.t_wall_s - record.step_s * (record.step - first + 1))
+                steps_s = record.step_s * (record.step - first + 1)
+                return _us(record.t_wall_s - record.validation_s - steps_s)
         return min(ends) - self.typical_step_us if ends else None
 
     @property
@@ -322,14 +324,16 @@ class _Walker:
         count = record.step - before
         end = max(self._at, min(_us(record.t_wall_s), until))
         if count == 1:
-            self._spend(end - _us(record.step_s), TimeCause.BETWEEN_STEPS)
-        window = end - self._at
+            self._spend(end - _us(record.step_s + record.validation_s), TimeCause.BETWEEN_STEPS)
+        validation = min(_us(record.validation_s), end - self._at)
         kept = running.survivors(before, record.step)
-        kept_end = self._at + window * kept // count
+        kept_end = self._at + (end - self._at - validation) * kept // count
         waits = ((record.data_s, TimeCause.DATA_WAIT), (record.stall_s, TimeCause.SNAPSHOT_STALL))
         for seconds, cause in waits:
             self._spend(min(kept_end, self._at + _us(max(0.0, seconds)) * kept), cause)
         self._spend(kept_end, TimeCause.PRODUCTIVE)
+        if kept == count:  # what was measured after a step that is lost is lost with it
+            self._spend(end, TimeCause.VALIDATION)
         self._spend(end, TimeCause.LOST, running.ended_by)
 
     def _window_us(self, running: _Generation) -> int:

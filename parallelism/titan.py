@@ -301,10 +301,7 @@ def _forget_trial_runs(schedule: Any, parts: list[nn.Module]) -> None:
 
 @contextlib.contextmanager
 def evaluation(parts: list[nn.Module]) -> Iterator[None]:
-    """Within it experts count no tokens; after it no gathered weights are left over.
-
-    FSDP2 drops those after a backward. Without one they would be taken for current after the next update.
-    """
+    """Within it experts count no tokens; after it no gathered weights are left, which FSDP2 drops after backwards only."""
     for part in parts:
         part.eval()
     try:

@@ -28,8 +28,9 @@ class Phase(enum.IntEnum):
     FORWARD_BACKWARD = 4
     VOTE = 5
     OPTIMIZER = 6
-    SNAPSHOT = 7
-    FINISHED = 8
+    VALIDATION = 7
+    SNAPSHOT = 8
+    FINISHED = 9
 
 
 class Beat(msgspec.Struct, frozen=True):
@@ -63,7 +64,10 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of metrics.jsonl. None means not known or not finite, never zero. t_wall_s: when the step ended."""
+    """One line of metrics.jsonl. None means not known or not finite, never zero.
+
+    t_wall_s: when the step ended, the validation after it included, which step_s is without.
+    """
 
     step: int
     steps: int
@@ -83,6 +87,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     memory_gib: float | None = None
     memory_pct: float | None = None
     skipped: bool = False
+    validation_loss: float | None = None
+    validation_s: float = 0.0
 
 
 class FactKind(enum.StrEnum):

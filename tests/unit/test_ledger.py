@@ -6,6 +6,7 @@ import itertools
 import random
 import time
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from cluster.ledger import Goodput, account
 from cluster.timeline import TimeCause, cut
 from tests.unit import stories
 from tests.unit.stories import EPOCH_S, Story
+from trainer.events import FactKind
 
 SECONDS = st.floats(0.01, 30.0)
 STEP = st.tuples(st.floats(0.05, 5.0), st.floats(0.0, 0.5), st.floats(0.0, 0.5))
@@ -210,6 +212,29 @@ def test_time_between_steps_is_not_productive() -> None:
     goodput = account(events, steps, None)
     assert goodput.productive_s == 3.0
     assert goodput.badput_s[TimeCause.BETWEEN_STEPS] == 4.0
+
+
+@pytest.mark.parametrize("log_interval", [1, 2])
+def test_validation_is_its_own_cause(log_interval: int) -> None:
+    """Two seconds after each second step go to `validation`, those of steps that are computed again to `lost`."""
+    events: list[AnyEvent] = [stories.started(1, EPOCH_S), stories.planned(1, EPOCH_S)]
+    events.append(stories.fact(FactKind.FIRST_STEP, 1, 1, EPOCH_S + 1.0))
+    end_s, steps = EPOCH_S, []
+    for step in range(1, 7):
+        measured_s = 0.0 if step % 2 else 2.0
+        end_s += 1.0 + measured_s
+        if step % log_interval == 0:
+            row = stories.record(step, 1, end_s, 1.0, 0, 0)
+            steps.append(msgspec.structs.replace(row, validation_loss=3.0, validation_s=measured_s))
+    goodput = account(events, steps, None)
+    assert goodput.productive_s == 6.0
+    assert goodput.badput_s[TimeCause.VALIDATION] == 6.0
+    events.append(stories.planned(2, end_s))
+    again = stories.record(5, 2, end_s + 1.0, 1.0, 0, 0)
+    goodput = account(events, [*steps, again], None)
+    assert goodput.productive_s == 5.0
+    assert goodput.badput_s[TimeCause.VALIDATION] == 4.0
+    assert goodput.badput_s[TimeCause.LOST] == 4.0
 
 
 def test_no_run_is_no_time() -> None:

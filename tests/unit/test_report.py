@@ -16,6 +16,7 @@ from cluster.ledger import IncidentCost, account
 from cluster.render import render
 from cluster.report import RunSummary, headlines, incident_lines, markdown, summary, surviving, write_report
 from cluster.stepline import eta_s, format_duration, format_step_line
+from cluster.telemetry import metric_row
 from cluster.timeline import TimeCause
 from health.verdict import Cause, Verdict
 from tests.unit import stories
@@ -50,6 +51,16 @@ def test_the_step_line_is_the_documented_one() -> None:
         "step: 120/2000  loss: 3.4121  grad_norm: 0.81  memory: 40.1GiB(50.1%)  tps: 7,012  tflops: 360.1  "
         "mfu: 36.4%  ettr: 0.991  eta: 2h03m"
     )
+
+
+def test_a_validation_loss_is_shown_where_it_was_measured() -> None:
+    """Behind the training loss in the step line, and under its own name in the metrics; absent on all other steps."""
+    plain = stories.record(3, 1, 10.0, 1.0, 0.0, 0.0)
+    measured = msgspec.structs.replace(plain, validation_loss=4.56789, validation_s=2.5)
+    assert "  loss: 4.9700  val_loss: 4.5679  grad_norm: 1.00  " in format_step_line(measured, None, None)
+    assert "val_loss" not in format_step_line(plain, None, None)
+    added = metric_row(measured, None).items() - metric_row(plain, None).items()
+    assert dict(added) == {"validation/loss_avg": 4.56789, "time/validation_s": 2.5}
 
 
 def test_the_step_line_guesses_nothing() -> None:
