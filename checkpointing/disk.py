@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from checkpointing.checksum import checksum, checksum_range
+from checkpointing.checksum import CHUNK_BYTES, Checksum, checksum
 from checkpointing.layout import (
     MANIFEST_NAME,
     Manifest,
@@ -97,31 +98,64 @@ def read_manifest(run_dir: Path, step: int) -> Manifest:
     return manifest
 
 
+def read_generation(run_dir: Path, step: int) -> int:
+    """Which generation wrote the step's manifest; -1 if there is none or it is damaged. Shards are not looked at."""
+    try:
+        return read_manifest(run_dir, step).generation
+    except SnapshotDamagedError:
+        return -1
+
+
 def size_problem(run_dir: Path, step: int, shard: Shard) -> str | None:
     """What is wrong with a shard file at a glance (missing, wrong size), in one line."""
-    name = f"{step_dir_name(step)}/{shard.file}"
-    try:
-        size_bytes = (step_dir(run_dir, step) / shard.file).stat().st_size
-    except FileNotFoundError:
-        return f"{name}: missing"
-    except OSError as error:
-        return f"{name}: {error.strerror or error}"
-    if size_bytes != shard.size_bytes:
-        return f"{name}: {size_bytes} bytes, should be {shard.size_bytes}"
-    return None
+    return _size_problem(step_dir(run_dir, step) / shard.file, shard)
 
 
 def shard_problem(run_dir: Path, step: int, shard: Shard) -> str | None:
     """What is wrong with a shard file, in one line, after reading all of it; None if it is whole."""
-    if problem := size_problem(run_dir, step, shard):
+    return file_problem(step_dir(run_dir, step) / shard.file, shard)
+
+
+def file_problem(path: Path, shard: Shard, tick: Callable[[int], None] = lambda done_bytes: None) -> str | None:
+    """The same for a file anywhere. tick: hears how many more bytes have been read.
+
+    Plain reads and no mapping: a medium that fails is an OSError in words here, where a mapping would give SIGBUS.
+    """
+    if problem := _size_problem(path, shard):
         return problem
-    name = f"{step_dir_name(step)}/{shard.file}"
+    name = f"{path.parent.name}/{path.name}"
+    running, done = Checksum(), 0
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, max(shard.size_bytes, 1))))
     try:
-        fd = os.open(step_dir(run_dir, step) / shard.file, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY)
         try:
-            found = checksum_range(fd, 0, shard.size_bytes)
+            while count := os.preadv(fd, [buffer[: shard.size_bytes - done]], done):
+                running.update(buffer[:count])
+                done += count
+                tick(count)
         finally:
             os.close(fd)
     except OSError as error:
         return f"{name}: {error.strerror or error}"
+    found = running.hex()
     return None if found == shard.checksum else f"{name}: checksum {found}, should be {shard.checksum}"
+
+
+def drop_cached(path: Path) -> None:
+    """Have the next read come from the medium and not from memory, as far as the kernel obliges. OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def _size_problem(path: Path, shard: Shard) -> str | None:
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        size_bytes = path.stat().st_size
+    except FileNotFoundError:
+        return f"{name}: missing"
+    except OSError as error:
+        return f"{name}: {error.strerror or error}"
+    return None if size_bytes == shard.size_bytes else f"{name}: {size_bytes} bytes, should be {shard.size_bytes}"

@@ -18,7 +18,7 @@ from checkpointing.checksum import checksum
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
-_SHARD_NAME = re.compile(r"g(\d+)-rank(\d+)\.(safetensors|json)(\.tmp)?")
+_SHARD_NAME = re.compile(r"g(\d+)-rank(\d+)\.(safetensors|json|verified)(\.tmp)?")
 _STEP_NAME = re.compile(r"step-(\d+)")
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
@@ -188,7 +188,12 @@ def sidecar_name(generation: int, rank: int) -> str:
     return f"g{generation}-rank{rank:05d}.json"
 
 
+def mark_name(generation: int, rank: int) -> str:
+    """The empty file that says that a shard was read back from its disk."""
+    return f"g{generation}-rank{rank:05d}.verified"
+
+
 def parse_shard_name(name: str) -> tuple[int, int] | None:
-    """(generation, rank) of a shard, sidecar or half-written one; None for any other file."""
+    """(generation, rank) of a shard, sidecar, mark or half-written one; None for any other file."""
     match = _SHARD_NAME.fullmatch(name)
     return (int(match.group(1)), int(match.group(2))) if match else None

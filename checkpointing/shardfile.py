@@ -153,3 +153,17 @@ def parse_header(header: bytes, size_bytes: int, file_checksum: str, file: str) 
             leaves=snapshot.leaves,
         ),
     )
+
+
+def layout_digest(header: bytes, file: str) -> str:
+    """The digest of a shard's layout (`ShardPlan.digest`) from its own first bytes. SnapshotDamagedError if garbled."""
+    start = header[_LENGTH.size :]
+    end = start.rfind(b'"%s":' % _SNAPSHOT_KEY.encode())  # inside JSON strings its quotes are escaped
+    if end < 0:
+        raise SnapshotDamagedError(f"{file}: header is garbled (it names no snapshot)")
+    try:
+        raw = msgspec.json.decode(start, type=dict[str, msgspec.Raw])
+        layout = msgspec.json.decode(raw["__metadata__"], type=dict[str, str])[_LAYOUT_KEY]
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:
+        raise SnapshotDamagedError(f"{file}: header is garbled ({error})") from error
+    return checksum(layout.encode() + start[: end + len(_SNAPSHOT_KEY) + 3])

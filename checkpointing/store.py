@@ -1,24 +1,23 @@
-"""The agent's side: what the node's RAM tier holds, and how it gets to the run directory. No torch here.
+"""The agent's side: what the node's tiers hold, and how memory gets to its disks. No torch here.
 
-A shard is copied out of its slot in bounded pieces and checked on the way, made durable, and then described by a
-sidecar. The node that persists rank 0 writes the manifest once every rank's sidecar is there. Whatever fails is one
-event in words; the slot goes back to the worker either way, and training never waits for a disk.
+A slot that waits goes to the node's own disk first, if asked, and then to the run directory. The node that persists
+rank 0 writes the manifest once every rank's sidecar is there. What is in the run directory is then read back (from
+another thread, see `readback`), and only what has verified there lets anything older go. Whatever fails is one event
+in words; the slot goes back to the worker either way, and training never waits for a disk.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 
 from checkpointing import disk
-from checkpointing.checksum import CHUNK_BYTES, Checksum, checksum_range
+from checkpointing.copies import Located
 from checkpointing.layout import (
     LATEST_NAME,
     MANIFEST_NAME,
@@ -26,47 +25,26 @@ from checkpointing.layout import (
     HeldShard,
     Manifest,
     ShardMeta,
+    ShardRef,
     SnapshotDamagedError,
     Tier,
     decode_document,
     encode_document,
-    shard_file_name,
     sidecar_name,
     step_dir_name,
 )
-from checkpointing.retention import apply_retention, remove_superseded, remove_uncommitted_shards
-from checkpointing.segment import (
-    CONTROL_BYTES,
-    READABLE,
-    Control,
-    SlotState,
-    parse_segment_name,
-    read_control,
-    write_state,
-)
-from checkpointing.shardfile import header_size_bytes, parse_header
+from checkpointing.marks import all_marked
+from checkpointing.node_disk import NodeDisk
+from checkpointing.readback import Readback
+from checkpointing.retention import Keep, remove_superseded, remove_uncommitted_shards
+from checkpointing.segment import Control, PersistTo, SlotState, read_control, write_state
+from checkpointing.shardwriter import identity, words, write_shard
+from checkpointing.slots import adopt_segment, find_slot, opened, segment_paths, slots_to_persist, verified_slot
+from checkpointing.storeevents import StoreEvent, StoreEventKind
+
+__all__ = ["NodeStore", "StoreEvent", "StoreEventKind"]
 
 _VERIFY_THREADS = 8
-
-
-class StoreEventKind(enum.StrEnum):
-    """What happened to a snapshot in the background."""
-
-    PERSISTED = "persisted"
-    COMMITTED = "committed"
-    FAILED = "failed"
-
-
-class StoreEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that happened: for the journal. rank -1: concerns the whole snapshot. detail: one line for a person."""
-
-    kind: StoreEventKind
-    step: int
-    generation: int
-    rank: int
-    seconds: float
-    detail: str
-    size_bytes: int = 0
 
 
 class _Awaited(msgspec.Struct, frozen=True):
@@ -76,33 +54,57 @@ class _Awaited(msgspec.Struct, frozen=True):
 
 
 class NodeStore:
-    """Snapshots of one node. All methods may be called at any time; persisting and committing from one thread."""
+    """Snapshots of one node. All methods may be called at any time; persisting and committing from one thread,
+    verify_pending from one thread, which may be another.
 
-    def __init__(self, ram_dir: Path, run_dir: Path, keep_last: int = 2, keep_every_steps: int = 0) -> None:
+    node_dir: this run's and node's own folder on the node's disk. keep_*: see `keep.kept_steps`.
+    """
+
+    def __init__(
+        self, ram_dir: Path, run_dir: Path, keep_last: int = 2, keep_every_steps: int = 0,
+        node_dir: Path | None = None, keep_best: int = 0,
+    ) -> None:  # fmt: skip
         self.ram_dir = ram_dir
         self.run_dir = run_dir
-        self.keep_last = keep_last
-        self.keep_every_steps = keep_every_steps
+        self.node_disk = NodeDisk(node_dir) if node_dir else None
+        self.readback = Readback(run_dir, Keep(keep_last, keep_every_steps, keep_best), self._write_again)
         self._awaited: list[_Awaited] = []
 
     def inventory(self) -> list[HeldShard]:
-        """Every whole shard in memory whose every byte verifies, in order of (rank, generation, step)."""
+        """Every whole shard in memory and on the node's disk whose every byte verifies, read now.
+
+        In order of (tier, rank, generation, step), memory first.
+        """
         with ThreadPoolExecutor(_VERIFY_THREADS) as pool:
-            found = [shard for shard in pool.map(_verified, self._segment_paths()) if shard is not None]
-        return sorted(found, key=lambda shard: (shard.rank, shard.generation, shard.step))
+            on_disk = pool.submit(self.node_disk.held) if self.node_disk else None
+            in_memory = [shard for shard in pool.map(verified_slot, segment_paths(self.ram_dir)) if shard is not None]
+            found = [*in_memory, *(on_disk.result() if on_disk else ())]
+        return sorted(found, key=lambda shard: (shard.tier is not Tier.RAM, shard.rank, shard.generation, shard.step))
+
+    def find(self, ref: ShardRef) -> Located | None:
+        """Where a shard's bytes lie, in memory or else on the node's disk. Whoever reads them verifies them."""
+        return find_slot(self.ram_dir, ref) or (self.node_disk.find(ref) if self.node_disk else None)
+
+    def adopt(self, segment: Path, control: Control, local_rank: int) -> None:
+        """Make a whole, verified segment file (on the file system of memory) a slot of a local rank.
+
+        The rank's newest slot and one that waits to be persisted stay. Its worker must not run. OSError if the file
+        cannot be renamed, ValueError if it is not what `control` says.
+        """
+        adopt_segment(self.ram_dir, segment, control, local_rank)
 
     def pending(self) -> bool:
-        """Whether a slot waits to be persisted, or a manifest for other ranks' shards."""
-        return bool(self._awaited or self._slots_to_persist())
+        """Whether a slot waits to be persisted, a manifest for other ranks' shards, or a shard to be read back."""
+        return bool(self._awaited or slots_to_persist(self.ram_dir) or self.readback.pending())
 
     def persist_pending(self) -> list[StoreEvent]:
         """Persist every slot that waits for it, oldest snapshot first. Never raises OSError: it is an event."""
         events = []
-        for path in self._slots_to_persist():
-            with contextlib.suppress(FileNotFoundError), _opened(path) as fd:
+        for path in slots_to_persist(self.ram_dir):
+            with contextlib.suppress(FileNotFoundError), opened(path) as fd:
                 state, control = read_control(fd)
                 if state is SlotState.TO_PERSIST:
-                    events.append(self._persist_slot(fd, control))
+                    events += self._persist_slot(fd, control)
         return events
 
     def commit_pending(self) -> list[StoreEvent]:
@@ -115,132 +117,103 @@ class NodeStore:
                 if shards is None:
                     continue
                 manifest = self._commit(shards)
-                detail = f"step {awaited.step}: {len(shards)} shards committed"
-                kind, size_bytes = StoreEventKind.COMMITTED, sum(shard.size_bytes for shard in manifest.shards)
             except (OSError, SnapshotDamagedError) as error:
-                detail, kind, size_bytes = (
-                    f"step {awaited.step} not committed: {_words(error)}",
-                    StoreEventKind.FAILED,
-                    0,
-                )
+                detail = f"step {awaited.step} not committed: {words(error)}"
+                events.append(self._event(StoreEventKind.FAILED, awaited, started, detail))
+            else:
+                detail = f"step {awaited.step}: {len(shards)} shards committed"
+                size_bytes = sum(shard.size_bytes for shard in manifest.shards)
+                events.append(self._event(StoreEventKind.COMMITTED, awaited, started, detail, size_bytes))
+                events += self._after_commit(awaited, manifest)
             self._awaited = [a for a in self._awaited if (a.generation, a.step) > (awaited.generation, awaited.step)]
-            events.append(self._event(kind, awaited, started, detail, size_bytes))
-            if kind is StoreEventKind.COMMITTED:
-                events += self._retain(awaited)
         return events
+
+    def verify_pending(self) -> list[StoreEvent]:
+        """Read back what this node persisted, mark it, and tidy up behind what all nodes have marked."""
+        return self.readback.verify_pending()
 
     def close(self) -> None:
         """Remove every slot of this node from shared memory. Nothing else in the folder is touched."""
-        for path in self._segment_paths(with_unfinished=True):
+        for path in segment_paths(self.ram_dir, with_unfinished=True):
             path.unlink(missing_ok=True)
 
-    def _segment_paths(self, with_unfinished: bool = False) -> list[Path]:
-        try:
-            names = sorted(os.listdir(self.ram_dir))
-        except FileNotFoundError:
-            return []
-        return [
-            self.ram_dir / name
-            for name in names
-            if parse_segment_name(name) is not None and (with_unfinished or not name.endswith(".tmp"))
-        ]
-
-    def _slots_to_persist(self) -> list[Path]:
-        waiting = []
-        for path in self._segment_paths():
-            with contextlib.suppress(FileNotFoundError), _opened(path) as fd:
-                state, control = read_control(fd)
-                if state is SlotState.TO_PERSIST:
-                    waiting.append((control.age if control else (-1, -1), path))
-        return [path for _, path in sorted(waiting)]
-
-    def _persist_slot(self, fd: int, control: Control | None) -> StoreEvent:
-        started = time.monotonic()
+    def _persist_slot(self, fd: int, control: Control | None) -> list[StoreEvent]:
+        if control is None:
+            write_state(fd, SlotState.EMPTY)
+            detail = "shard not persisted: control block in memory is garbled"
+            return [_shard_event(StoreEventKind.FAILED, None, Tier.RAM, time.monotonic(), detail)]
+        events = []
         after = SlotState.COMPLETE
-        try:
-            if control is None:
-                raise SnapshotDamagedError("control block in memory is garbled")
-            self._write_shard(fd, control)
-        except OSError as error:
-            kind, detail = StoreEventKind.FAILED, f"shard not persisted: {_words(error)}"
-            self._make_room(control)
-        except SnapshotDamagedError as error:
-            kind, detail = StoreEventKind.FAILED, f"shard not persisted: {error}"
-            after = SlotState.EMPTY
-        else:
+        tiers = ((PersistTo.NODE, Tier.NODE, self._to_node), (PersistTo.RUN, Tier.RUN, self._to_run))
+        for wanted, tier, write in tiers:
+            if not control.persist & wanted or (tier is Tier.NODE and self.node_disk is None):
+                continue
+            started = time.monotonic()
             kind, detail = StoreEventKind.PERSISTED, f"step {control.step}: shard of rank {control.rank} persisted"
-            if control.rank == 0:
-                self._awaited = [*self._awaited[-1:], _Awaited(control.generation, control.step, control.world_size)]
+            try:
+                write(fd, control)
+            except OSError as error:
+                kind, detail = StoreEventKind.FAILED, f"shard not persisted{_where(tier)}: {words(error)}"
+            except SnapshotDamagedError as error:
+                kind, detail = StoreEventKind.FAILED, f"shard not persisted{_where(tier)}: {error}"
+                after = SlotState.COMPLETE if tier is Tier.NODE else SlotState.EMPTY
+            events.append(_shard_event(kind, control, tier, started, detail))
         write_state(fd, after)
-        return StoreEvent(
-            kind=kind,
-            step=control.step if control else -1,
-            generation=control.generation if control else -1,
-            rank=control.rank if control else -1,
-            seconds=time.monotonic() - started,
-            detail=detail,
-            size_bytes=control.size_bytes if control else 0,
-        )
+        return events
 
-    def _write_shard(self, fd: int, control: Control) -> None:
-        remove_uncommitted_shards(self.run_dir, control.rank, control.step, keep=1)
-        folder = disk.step_dir(self.run_dir, control.step)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / shard_file_name(control.generation, control.rank)
-        temporary = path.with_name(path.name + ".tmp")
-        name = f"{folder.name}/{path.name}"
-        replaced = False
+    def _to_node(self, fd: int, control: Control) -> None:
+        assert self.node_disk is not None
+        self.node_disk.write(fd, control)
+
+    def _to_run(self, fd: int, control: Control) -> None:
         try:
-            found = _copy_out(fd, control.size_bytes, temporary)
-            if found != control.checksum:
-                raise SnapshotDamagedError(f"{name}: bytes in memory have changed since they were staged")
-            meta = _describe(fd, control, name)
-            if self._is_there(folder, control, meta):
-                temporary.unlink()
-                return
-            replaced = True
-            temporary.replace(path)
-            disk.sync_dir(folder)
-            disk.write_atomic(folder / sidecar_name(control.generation, control.rank), encode_document(meta))
-        except (OSError, SnapshotDamagedError):
-            temporary.unlink(missing_ok=True)
-            if replaced:
-                path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # others may have files in it
-                folder.rmdir()
-            raise
-
-    def _is_there(self, folder: Path, control: Control, meta: ShardMeta) -> bool:
-        """Whether this very shard was persisted before: a retry after another rank's failure writes nothing anew."""
-        sidecar = folder / sidecar_name(control.generation, control.rank)
-        with contextlib.suppress(OSError, SnapshotDamagedError):
-            known = decode_document(sidecar.read_bytes(), ShardMeta, sidecar.name)
-            return known == meta and disk.shard_problem(self.run_dir, control.step, meta.shard) is None
-        return False
-
-    def _make_room(self, control: Control | None) -> None:
-        if control is not None:
+            remove_uncommitted_shards(self.run_dir, control.rank, control.age, keep=1)
+            meta = write_shard(fd, control, disk.step_dir(self.run_dir, control.step))
+        except OSError:
             with contextlib.suppress(OSError):  # the failure itself is already being reported
-                remove_uncommitted_shards(self.run_dir, control.rank, control.step, keep=0)
+                remove_uncommitted_shards(self.run_dir, control.rank, control.age, keep=0)
+            raise
+        self.readback.expect_shard(meta)
+        if control.rank == 0:
+            self._awaited = [*self._awaited[-1:], _Awaited(control.generation, control.step, control.world_size)]
+
+    def _write_again(self, meta: ShardMeta) -> bool:
+        """Replace a shard that the disk did not keep, if memory still has it."""
+        with contextlib.suppress(OSError, SnapshotDamagedError):
+            located = find_slot(self.ram_dir, ShardRef(meta.generation, meta.step, meta.shard.rank))
+            if located is not None:
+                with opened(located.path) as fd:
+                    write_shard(fd, located.control, disk.step_dir(self.run_dir, meta.step))
+                return True
+        return False
 
     def _arrived(self, awaited: _Awaited) -> list[ShardMeta] | None:
         folder = disk.step_dir(self.run_dir, awaited.step)
         names = [sidecar_name(awaited.generation, rank) for rank in range(awaited.world_size)]
         if not set(names) <= set(os.listdir(folder)):
             return None
+        if not self._may_replace(awaited):
+            return None
         shards = [decode_document((folder / n).read_bytes(), ShardMeta, f"{folder.name}/{n}") for n in names]
         for rank, meta in enumerate(shards):
-            if _identity(meta) != (awaited.step, awaited.generation, awaited.world_size, rank):
+            if identity(meta) != (awaited.step, awaited.generation, awaited.world_size, rank):
                 raise SnapshotDamagedError(f"{folder.name}/{names[rank]}: describes another shard")
             if problem := disk.size_problem(self.run_dir, awaited.step, meta.shard):
                 raise SnapshotDamagedError(problem)
         return shards
 
+    def _may_replace(self, awaited: _Awaited) -> bool:
+        """Whether a manifest may be written: one that is there already goes only once its successor has verified."""
+        there = disk.read_generation(self.run_dir, awaited.step)
+        if there > awaited.generation:
+            raise OSError(f"generation {awaited.generation} is too late, a newer one has committed this step")
+        ranks = range(awaited.world_size)
+        return there in (-1, awaited.generation) or all_marked(
+            disk.step_dir(self.run_dir, awaited.step), awaited.generation, ranks
+        )
+
     def _commit(self, shards: list[ShardMeta]) -> Manifest:
         first = shards[0]
-        with contextlib.suppress(SnapshotDamagedError):
-            if disk.read_manifest(self.run_dir, first.step).generation > first.generation:
-                raise OSError(f"generation {first.generation} is too late, a newer one has committed this step")
         manifest = Manifest(
             version=VERSION,
             step=first.step,
@@ -254,87 +227,40 @@ class NodeStore:
         disk.write_atomic(folder / MANIFEST_NAME, encode_document(manifest))
         return manifest
 
-    def _retain(self, awaited: _Awaited) -> list[StoreEvent]:
+    def _after_commit(self, awaited: _Awaited, manifest: Manifest) -> list[StoreEvent]:
         started = time.monotonic()
+        self.readback.expect_marks(manifest)
         try:
             latest = disk.checkpoints_dir(self.run_dir) / LATEST_NAME
-            disk.write_atomic(latest, f"{step_dir_name(disk.committed_steps(self.run_dir)[0])}\n".encode())
+            disk.write_atomic(latest, f"{step_dir_name(awaited.step)}\n".encode())
             remove_superseded(self.run_dir, awaited.step, awaited.generation)
-            apply_retention(self.run_dir, self.keep_last, self.keep_every_steps)
         except OSError as error:
-            detail = f"old snapshots not tidied after step {awaited.step}: {_words(error)}"
-            return [self._event(StoreEventKind.FAILED, awaited, started, detail, 0)]
+            detail = f"not tidied after step {awaited.step}: {words(error)}"
+            return [self._event(StoreEventKind.FAILED, awaited, started, detail)]
         return []
 
     @staticmethod
-    def _event(kind: StoreEventKind, of: _Awaited, started: float, detail: str, size_bytes: int) -> StoreEvent:
+    def _event(kind: StoreEventKind, of: _Awaited, started: float, detail: str, size_bytes: int = 0) -> StoreEvent:
         return StoreEvent(
             kind=kind, step=of.step, generation=of.generation, rank=-1, seconds=time.monotonic() - started,
             detail=detail, size_bytes=size_bytes,
         )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDWR)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+def _where(tier: Tier) -> str:
+    return f" on {NodeDisk.name}" if tier is Tier.NODE else ""
 
 
-def _verified(path: Path) -> HeldShard | None:
-    with contextlib.suppress(FileNotFoundError), _opened(path) as fd:
-        state, control = read_control(fd)
-        if state not in READABLE or control is None:
-            return None
-        found = checksum_range(fd, CONTROL_BYTES, control.size_bytes)
-        state, now = read_control(fd)
-        if found == control.checksum and state in READABLE and now == control:
-            return HeldShard(
-                rank=control.rank,
-                world_size=control.world_size,
-                step=control.step,
-                generation=control.generation,
-                layout=control.layout,
-                tier=Tier.RAM,
-            )
-    return None
-
-
-def _copy_out(fd: int, size_bytes: int, path: Path) -> str:
-    """Copy a slot's shard to a new, durable file; returns the checksum of what was written."""
-    running = Checksum()
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, max(size_bytes, 1))))
-    out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        done = 0
-        while done < size_bytes:
-            count = os.preadv(fd, [buffer[: min(len(buffer), size_bytes - done)]], CONTROL_BYTES + done)
-            if count == 0:
-                break
-            running.update(buffer[:count])
-            disk.write_all(out, buffer[:count])
-            done += count
-        os.fsync(out)
-    finally:
-        os.close(out)
-    return running.hex()
-
-
-def _describe(fd: int, control: Control, name: str) -> ShardMeta:
-    length = header_size_bytes(os.pread(fd, 8, CONTROL_BYTES), control.size_bytes, name)
-    meta = parse_header(os.pread(fd, length, CONTROL_BYTES), control.size_bytes, control.checksum, name)
-    if _identity(meta) != (control.step, control.generation, control.world_size, control.rank):
-        raise SnapshotDamagedError(f"{name}: control block and header in memory disagree")
-    return meta
-
-
-def _identity(meta: ShardMeta) -> tuple[int, int, int, int]:
-    return meta.step, meta.generation, meta.world_size, meta.shard.rank
-
-
-def _words(error: OSError | SnapshotDamagedError) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    return str(error)
+def _shard_event(
+    kind: StoreEventKind, control: Control | None, tier: Tier, started: float, detail: str
+) -> StoreEvent:  # fmt: skip
+    return StoreEvent(
+        kind=kind,
+        step=control.step if control else -1,
+        generation=control.generation if control else -1,
+        rank=control.rank if control else -1,
+        seconds=time.monotonic() - started,
+        detail=detail,
+        size_bytes=control.size_bytes if control else 0,
+        tier=tier,
+    )

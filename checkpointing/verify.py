@@ -32,10 +32,7 @@ def list_snapshots(run_dir: Path) -> list[SnapshotInfo]:
 
 def committed_generation(run_dir: Path, step: int) -> int:
     """Which generation wrote the step's manifest; -1 if there is none or it is damaged. Shards are not looked at."""
-    try:
-        return disk.read_manifest(run_dir, step).generation
-    except SnapshotDamagedError:
-        return -1
+    return disk.read_generation(run_dir, step)
 
 
 def verify_snapshot(run_dir: Path, step: int) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from checkpointing.manager import LoadedSnapshot, SnapshotManager
+from checkpointing.segment import PersistTo
 from checkpointing.store import NodeStore, StoreEvent
 
 
@@ -65,12 +66,14 @@ class OneRank:
         self.manager.prepare()
 
     def stage(self, step: int, persist: bool = False) -> None:
-        self.manager.stage(step, persist, {"step": step, "tokens": step * 1024})
+        self.manager.stage(step, PersistTo.RUN if persist else PersistTo.NOTHING, {"step": step, "tokens": step * 1024})
         self.manager.wait()
 
     def persist(self, step: int) -> list[StoreEvent]:
         self.stage(step, persist=True)
-        return self.store.persist_pending() + self.store.commit_pending()
+        store = self.store
+        events = store.persist_pending() + store.verify_pending()
+        return events + store.commit_pending() + store.verify_pending()
 
     def load(self, ram_step: int = -1) -> LoadedSnapshot | None:
         return self.manager.load(ram_step, agree=lambda ok: ok, broadcast=lambda values: values)

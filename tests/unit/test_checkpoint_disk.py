@@ -135,7 +135,8 @@ def test_a_step_done_again_replaces_the_damaged_one(tmp_path: Path, run: OneRank
     assert kinds(again.persist(20)) == [StoreEventKind.PERSISTED, StoreEventKind.COMMITTED]
     assert verify_snapshot(run.run_dir, 20) == []
     assert {name for name in files(run) if name.startswith("step-20/")} == {
-        "step-20/manifest.json", "step-20/g2-rank00000.safetensors", "step-20/g2-rank00000.json"
+        "step-20/manifest.json", "step-20/g2-rank00000.safetensors", "step-20/g2-rank00000.json",
+        "step-20/g2-rank00000.verified",
     }  # fmt: skip
 
 
@@ -222,7 +223,7 @@ def test_what_a_run_went_back_behind_does_not_crowd_out_what_it_saves_now(tmp_pa
     """Steps 40 and 50 rotted in silence and the run went on from 30: 35 is committed, and must survive that."""
     old = OneRank(tmp_path, seed=1)
     for step in (30, 40, 50):
-        old.store.keep_last = 5
+        old.store = NodeStore(old.ram_dir, old.run_dir, keep_last=5)
         old.persist(step)
     for step in (40, 50):
         path = next(disk.step_dir(old.run_dir, step).glob("*.safetensors"))
