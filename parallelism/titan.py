@@ -301,7 +301,7 @@ def _forget_trial_runs(schedule: Any, parts: list[nn.Module]) -> None:
 
 @contextlib.contextmanager
 def evaluation(parts: list[nn.Module]) -> Iterator[None]:
-    """Within it experts count no tokens; after it no gathered weights are left, which FSDP2 drops after backwards only."""
+    """Within it experts count no tokens; after it no weights stay gathered, as FSDP2 leaves them without a backward."""
     for part in parts:
         part.eval()
     try:

@@ -9,7 +9,9 @@ import torch
 from configs.schema import JobConfig
 from parallelism.engine import Engine, build_engine
 from parallelism.mesh import World
-from tests.distributed.layouts import Trace, batch, digest, live_tensors, load_whole, local_of, train
+from tests.distributed.layouts import VOCAB, Trace, batch, digest, live_tensors, load_whole, local_of, train
+from trainer.events import Heart, HeartbeatFile, Phase
+from trainer.validation import build_validation
 
 HELD_OUT = 5_000
 
@@ -44,6 +46,21 @@ def counted_before_a_step(world: World, config: JobConfig) -> list[float]:
     engine = build_engine(config, world)
     engine.forward_backward(batch(engine, 0))
     return [float(local_of(counter).sum()) for counter in engine.expert_counters]
+
+
+def measured(world: World, config: JobConfig, folder: Path) -> tuple[list[float | None], Phase]:
+    """The validation loss before a step, again, and after it; and the phase in which that was."""
+    engine = build_engine(config, world)
+    slots = HeartbeatFile(folder / f"heart-{world.world_size}-{world.rank}", 1).open()
+    heart = Heart(slots, 0, 1)
+    validation = build_validation(config, engine, heart, None, VOCAB)
+    assert validation is not None
+    losses = [validation.measure().loss, validation.measure().loss]
+    train(engine, range(1))
+    losses.append(validation.measure().loss)
+    beat = slots.read(0)
+    assert beat is not None
+    return losses, beat.phase
 
 
 def evaluate(engine: Engine, number: int) -> float:

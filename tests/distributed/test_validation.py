@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 
+from configs.schema import DataConfig, DataSet, JobConfig, ValidationConfig
 from parallelism.mesh import world_size_of
-from tests.distributed.evaluations import counted_before_a_step, evaluated, trained
-from tests.distributed.layouts import BATCH, SEQ_LEN, reference, tiny
+from tests.distributed.evaluations import counted_before_a_step, evaluated, measured, trained
+from tests.distributed.layouts import BATCH, SEQ_LEN, VOCAB, reference, tiny
 from tests.harness import run_ranks
+from trainer.events import Phase
+from trainer.indexed import CorpusWriter
 
 pytestmark = pytest.mark.distributed
 
@@ -69,3 +74,29 @@ def test_experts_count_the_tokens_of_the_step_alone(name: str) -> None:
     ranks_of_a_layer = LAYOUTS[name].dp_degree
     tokens = BATCH * SEQ_LEN * 3 / ranks_of_a_layer
     assert [count for rank in counted for count in rank] == [tokens] * 2
+
+
+def held_out(config: JobConfig, folder: Path, seed: int) -> JobConfig:
+    """The job with validation on a corpus of its own, and no training data at all."""
+    prefix = folder / f"held-out-{seed}"
+    if not prefix.with_suffix(".bin").exists():
+        writer = CorpusWriter(prefix, VOCAB)
+        tokens = np.random.default_rng(seed).integers(0, VOCAB, (40, SEQ_LEN))
+        for document in tokens:
+            writer.add(document)
+        writer.finish()
+    validation = ValidationConfig(sets=(DataSet(path=str(prefix)),), interval_steps=5, batches=3)
+    return msgspec.structs.replace(config, data=DataConfig(sets=(), tokenizer=""), validation=validation)
+
+
+def test_every_measurement_reads_the_same_samples(tmp_path: Path) -> None:
+    """The loss repeats exactly until a step changes the weights, and is the same on one rank and on two."""
+    alone = run_ranks(1, measured, held_out(tiny(), tmp_path, 1), tmp_path)[0]
+    (first, again, later), phase = alone
+    assert first == again
+    assert later != first
+    assert phase is Phase.VALIDATION
+    one, other = run_ranks(2, measured, held_out(tiny(dp_shard=2), tmp_path, 1), tmp_path)
+    assert one == other
+    assert one[0] == pytest.approx(alone[0], rel=TOLERANCE)
+    assert run_ranks(1, measured, held_out(tiny(), tmp_path, 2), tmp_path)[0][0][0] != first
