@@ -65,8 +65,10 @@ class Link:
             theirs = parse_nonce(response.getheader(NONCE_HEADER, ""))
             if theirs is None:
                 raise TransferError(f"{address}: {_WORDS[HTTPStatus.UNAUTHORIZED]}")
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error.__cause__, TimeoutError):  # a silence was waited for already
+                raise TransferError(f"{address}: no answer within {timeout_s:g} s") from error
             raise
         self._session = Session(key, theirs, nonce)
 
