@@ -14,12 +14,11 @@ from pathlib import Path
 import msgspec
 
 from checkpointing import disk
-from checkpointing.keep import KeptInfo, kept_steps
+from checkpointing.keep import kept_info, kept_steps
 from checkpointing.layout import MANIFEST_NAME, Manifest, SnapshotDamagedError, parse_shard_name
 from checkpointing.marks import all_marked, leave_mark
 
 _BEING_MADE_S = 600.0
-VALIDATION_LOSS = "validation_loss"
 
 
 class Keep(msgspec.Struct, frozen=True):
@@ -107,20 +106,6 @@ class Retention:
             if manifest is not None and _age(manifest) not in self._damaged:
                 found[step] = manifest
         return found
-
-
-def kept_info(manifest: Manifest) -> KeptInfo:
-    """What the rule for keeping needs to know of a snapshot."""
-    return KeptInfo(step=manifest.step, generation=manifest.generation, validation_loss=validation_loss(manifest))
-
-
-def validation_loss(manifest: Manifest) -> float | None:
-    """The scalar of that name in rank 0's shard, if it is there and a number."""
-    value = manifest.shards[0].scalars.get(VALIDATION_LOSS) if manifest.shards else None
-    try:
-        return None if value is None else msgspec.json.decode(value, type=float | None)
-    except msgspec.DecodeError:
-        return None
 
 
 def remove_snapshot(run_dir: Path, step: int) -> None:
