@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from checkpointing.assemble import SnapshotReader, open_snapshot
+from checkpointing.contents import check_shapes, wanted_tensors
 from checkpointing.flatten import DTYPES
 from checkpointing.hf_tokenizer import tokenizer_files
-from checkpointing.layout import SnapshotDamagedError
 from checkpointing.staged import StreamedFile, staged_folder
 from configs.load import load_job
 from configs.schema import JobConfig
@@ -48,24 +48,14 @@ def export_hf(
     """
     config = load_job(run_dir / "config.toml")
     names = hf_names(config)
-    with open_snapshot(run_dir, step, [f"model.{name}" for name in names.names], progress) as snapshot:
-        _check_shapes(names, snapshot)
+    wanted = [tensor for tensor in wanted_tensors(names.model) if tensor.name.startswith("model.")]
+    with open_snapshot(run_dir, step, [tensor.name for tensor in wanted], progress) as snapshot:
+        check_shapes(snapshot, wanted)
         if not drop_expert_bias:
             _check_unplaced(names, snapshot)
         with staged_folder(output) as folder:
             _write_weights(folder, names, snapshot, _DTYPES[dtype], file_bytes, progress)
             _write_texts(folder, config, names, dtype)
-
-
-def _check_shapes(names: HfNames, snapshot: SnapshotReader) -> None:
-    for name, tensor in names.model.tensors.items():
-        stored = snapshot.tensors.get(f"model.{name}")
-        if stored is None or stored[1] != tuple(tensor.shape):
-            found = "is missing" if stored is None else f"has shape {list(stored[1])}"
-            raise SnapshotDamagedError(
-                f"step {snapshot.manifest.step}: model.{name} {found}, config.toml asks for {list(tensor.shape)}; "
-                "the snapshot is of another model than config.toml describes"
-            )
 
 
 def _check_unplaced(names: HfNames, snapshot: SnapshotReader) -> None:

@@ -11,7 +11,8 @@ import msgspec
 import safetensors
 from torch import Tensor
 
-from checkpointing.imported import SHARD_BYTES, check_unused, wanted_tensors, write_snapshot
+from checkpointing.contents import wanted_tensors
+from checkpointing.imported import SHARD_BYTES, check_unused, write_snapshot
 from configs.schema import JobConfig
 from parallelism.hf_names import HfNames, hf_names
 

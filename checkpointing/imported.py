@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
-import torch
 from torch import Tensor
 
 from checkpointing import disk
+from checkpointing.contents import Wanted
 from checkpointing.disk import write_atomic
 from checkpointing.flatten import DTYPES
 from checkpointing.layout import (
@@ -28,37 +26,12 @@ from checkpointing.layout import (
 )
 from checkpointing.shardfile import ShardPlan, SnapshotMeta, parse_header, plan_shard
 from checkpointing.staged import StreamedFile, staged_folder
-from parallelism.outline import Outline
 
 SHARD_BYTES = 4 * 2**30
 MESH = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "ep": 1}
-COUNTER = "optimizer.step"
-MOMENTS = ("optimizer.exp_avg.", "optimizer.exp_avg_sq.")
 _GENERATION = 0
 _RESERVE_BYTES = 16 * 1024
 Progress = Callable[[str, int, int], None]
-
-
-class Wanted(NamedTuple):
-    """A logical tensor that a snapshot must have."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all its elements."""
-        return self.dtype.itemsize * math.prod(self.shape)
-
-
-def wanted_tensors(model: Outline) -> list[Wanted]:
-    """Everything that a snapshot of this model and its optimizer holds, the model first."""
-    found = [Wanted(f"model.{name}", tensor.dtype, tuple(tensor.shape)) for name, tensor in model.tensors.items()]
-    found.append(Wanted(COUNTER, torch.float32, ()))
-    for moment in MOMENTS:
-        found += [Wanted(moment + name, p.dtype, tuple(p.shape)) for name, p in model.parameters.items()]
-    return found
 
 
 def check_unused(run_dir: Path) -> None:

@@ -50,9 +50,14 @@ class Outline:
             return entries[name]
         module, prefix, inner = fused
         with _holding(module, inner, self.tensors[name]):
-            own = {key.removeprefix(prefix): value for key, value in entries.items()}
+            own = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
             module.load_state_dict(own, assign=True)
             return module.get_parameter(inner).detach()
+
+    def needed(self, name: str) -> dict[str, Tensor]:
+        """Those entries of `split`, without storage, that `join` needs: of tied weights the first."""
+        parts = self.split(name, self.tensors[name])
+        return parts if self._fused(name) else {name: parts[name]}
 
     def _fused(self, name: str) -> tuple[nn.Module, str, str] | None:
         """Module, its prefix, and the name inside it, if torchtitan stores this tensor in parts."""
