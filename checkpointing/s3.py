@@ -23,7 +23,7 @@ from checkpointing.layout import (
     step_dir_name,
 )
 from checkpointing.ratelimit import RateLimit, never
-from checkpointing.s3_commit import commit_manifest
+from checkpointing.s3_commit import Refusal, commit_manifest
 from checkpointing.s3_fetch import fetch_object
 from checkpointing.s3_parts import (
     Contents,
@@ -146,10 +146,10 @@ class Bucket:
 
     def commit(self, manifest: Manifest, data: bytes) -> bool:
         """Put a snapshot's manifest, `data`, in place: its shards must be there; see `checkpointing.s3_commit`."""
-        return self.refusal(manifest, data) == ""
+        return self.refusal(manifest, data) is None
 
-    def refusal(self, manifest: Manifest, data: bytes) -> str:
-        """Like commit, but says why not, in one line; "" means committed."""
+    def refusal(self, manifest: Manifest, data: bytes) -> Refusal | None:
+        """Like commit, but says why not; None means committed."""
         return commit_manifest(self, manifest, data)
 
     def files(self, step: int | None = None) -> dict[str, StoredObject]:

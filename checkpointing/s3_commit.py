@@ -12,6 +12,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from checkpointing.layout import MANIFEST_NAME, Manifest, Shard, step_dir_name
 from checkpointing.s3_parts import Contents, S3Error, decode_sound, manifest_name, object_name
 
@@ -21,29 +23,36 @@ if TYPE_CHECKING:
 _ROUNDS = 8
 
 
-def commit_manifest(bucket: Bucket, manifest: Manifest, data: bytes) -> str:
-    """Put `data`, the bytes of `manifest`, in place. Returns "" if they are there now, else why not, in one line.
+class Refusal(msgspec.Struct, frozen=True):
+    """Why a snapshot was not committed, in one line. final: it never will be; else shards are still to come."""
+
+    why: str
+    final: bool
+
+
+def commit_manifest(bucket: Bucket, manifest: Manifest, data: bytes) -> Refusal | None:
+    """Put `data`, the bytes of `manifest`, in place. Returns None if they are there now, else why not.
 
     Raises:
         S3Error: if S3 cannot be reached or refuses.
     """
     assert decode_sound(data, manifest.step) == manifest, "the bytes are not this manifest's"
-    if problem := newer_generation(manifest.generation, bucket.committed()):
-        return problem
     if problem := missing_shards(bucket, manifest):
-        return problem
+        return Refusal(problem, final=False)
+    if problem := newer_generation(manifest.generation, bucket.committed()):
+        return Refusal(problem, final=True)
     objects, name = bucket.objects, manifest_name(manifest.step)
     replaces: str | None = None
     for _ in range(_ROUNDS):
         if objects.put_if(name, data, replaces):
-            return ""
+            return None
         there = objects.get(name)
         if there is None:  # gone since
             replaces = None
         elif there.data == data:  # an earlier attempt of ours whose answer got lost, or another's with the same bytes
-            return ""
+            return None
         elif problem := occupied(manifest, there):
-            return problem
+            return Refusal(problem, final=True)
         else:
             replaces = there.etag
     raise S3Error(f"S3: {name} changes faster than it can be replaced")

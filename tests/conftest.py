@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.faultproxy import FaultProxy
 from tests.s3server import S3Server
 
 
@@ -23,3 +24,10 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     return s3_server
+
+
+@pytest.fixture
+def s3_proxy(s3: S3Server) -> Iterator[FaultProxy]:
+    """A proxy of the test's own in front of the server."""
+    with FaultProxy(s3.port) as proxy:
+        yield proxy
