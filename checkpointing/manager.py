@@ -37,6 +37,7 @@ class LoadedSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded, and what had to be passed over before it. seconds: all of it, verification included."""
 
     step: int
+    generation: int
     tier: Tier
     scalars: dict[str, Any]
     rejections: tuple[Rejection, ...]
@@ -165,7 +166,7 @@ class SnapshotManager:
             rejections.append(Rejection(step=step, tier=tier, reason=str(error)))
             report(rejections[-1])
 
-        found: tuple[int, Tier, dict[str, Any]] | None = None
+        found: tuple[int, int, Tier, dict[str, Any]] | None = None
         if ram_step >= 0:
             found = self._load_from_ram(ram_step, agree, broadcast, reject)
         if found is None:
@@ -173,9 +174,11 @@ class SnapshotManager:
         self._forget_after(-1 if found is None else found[0])
         if found is None:
             return None
-        step, tier, scalars = found
+        step, generation, tier, scalars = found
         seconds = time.monotonic() - started
-        return LoadedSnapshot(step=step, tier=tier, scalars=scalars, rejections=tuple(rejections), seconds=seconds)
+        return LoadedSnapshot(
+            step=step, generation=generation, tier=tier, scalars=scalars, rejections=tuple(rejections), seconds=seconds
+        )
 
     def close(self) -> None:
         """Finish what is under way and unmap. The slots stay: they are the agent's."""
@@ -237,7 +240,7 @@ class SnapshotManager:
 
     def _load_from_ram(
         self, step: int, agree: Callable[[bool], bool], broadcast: Callable[[list[int]], list[int]], reject: _Reject
-    ) -> tuple[int, Tier, dict[str, Any]] | None:
+    ) -> tuple[int, int, Tier, dict[str, Any]] | None:
         held = [control for slot in self._slots if (control := slot.segment.control) is not None]
         own = max((control.generation for control in held if control.step == step), default=-1)
         generation = broadcast([own])[0]
@@ -254,7 +257,7 @@ class SnapshotManager:
             for local, view in zip(self._flat.tensors, slot.views, strict=True):
                 local.tensor.copy_(view)
         self._give_back(lambda name: msgspec.json.decode(meta.shard.leaves[name]))
-        return step, "ram", decode_values(meta.shard.scalars)
+        return step, generation, "ram", decode_values(meta.shard.scalars)
 
     def _ram_candidate(self, step: int, generation: int) -> tuple[SlotViews, ShardMeta]:
         for slot in self._slots:
@@ -273,7 +276,7 @@ class SnapshotManager:
 
     def _load_from_disk(
         self, agree: Callable[[bool], bool], broadcast: Callable[[list[int]], list[int]], reject: _Reject
-    ) -> tuple[int, Tier, dict[str, Any]] | None:
+    ) -> tuple[int, int, Tier, dict[str, Any]] | None:
         steps = disk.committed_steps(self.run_dir) if self.rank == 0 else []
         seen = broadcast([value for step in steps for value in (step, disk.manifest_checksum(self.run_dir, step))])
         listed = list(zip(seen[::2], seen[1::2], strict=True))
@@ -292,7 +295,7 @@ class SnapshotManager:
                 with torch.no_grad():
                     candidate.copy_into(self._flat.tensors)
                 self._give_back(candidate.leaf)
-                return step, "disk", candidate.scalars
+                return step, candidate.manifest.generation, "disk", candidate.scalars
         if listed:
             raise NoSnapshotError(
                 f"none of the {len(listed)} snapshots in {disk.checkpoints_dir(self.run_dir)} can be loaded{reason}: "
