@@ -7,6 +7,7 @@ else, so that a forged one can at worst describe tensors that are not there.
 from __future__ import annotations
 
 import collections
+import pathlib
 import pickle
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +33,8 @@ _RECORDS: dict[tuple[str, str], Any] = {
         torch.Size,
     )
 }
+# Where the checkpoint was first written is in it too: as a mere word, which nothing here looks at.
+_PATHS = frozenset({"pathlib", "pathlib._local"})
 _LAYOUT = ("torch.serialization", "_get_layout")
 MAX_METADATA_BYTES = 2**30
 
@@ -42,6 +45,8 @@ class _Restricted(pickle.Unpickler):
             return _RECORDS[module, name]
         if (module, name) == _LAYOUT:
             return _layout
+        if module in _PATHS and name in ("PosixPath", "WindowsPath"):
+            return pathlib.PurePosixPath
         value = getattr(torch, name, None) if module == "torch" and name.isidentifier() else None
         if isinstance(value, torch.dtype):
             return value

@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -140,6 +141,10 @@ class _Writer(dcp.FileSystemWriter):
     def __init__(self, folder: Path, file_bytes: int) -> None:
         super().__init__(folder, thread_count=1)
         self._file_bytes = file_bytes
+
+    def storage_meta(self) -> StorageMeta:
+        """Without the folder's name, which is about to change."""
+        return StorageMeta(save_id=self.save_id)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
