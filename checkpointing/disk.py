@@ -13,6 +13,7 @@ from checkpointing.layout import (
     Shard,
     SnapshotDamagedError,
     decode_document,
+    parse_shard_name,
     parse_step_dir,
     step_dir_name,
 )
@@ -78,9 +79,13 @@ def committed_steps(run_dir: Path) -> list[int]:
 def manifest_checksum(run_dir: Path, step: int) -> int:
     """63 bits that tell one manifest's bytes from another's; -1 if it cannot be read."""
     try:
-        data = (step_dir(run_dir, step) / MANIFEST_NAME).read_bytes()
+        return bytes_checksum((step_dir(run_dir, step) / MANIFEST_NAME).read_bytes())
     except OSError:
         return -1
+
+
+def bytes_checksum(data: bytes) -> int:
+    """63 bits of a document's checksum: a collective carries them as one number."""
     return int(checksum(data)[:16], 16) >> 1
 
 
@@ -104,6 +109,21 @@ def read_generation(run_dir: Path, step: int) -> int:
         return read_manifest(run_dir, step).generation
     except SnapshotDamagedError:
         return -1
+
+
+def named_generation(run_dir: Path, step: int) -> int:
+    """The generation of a step's snapshot: its manifest's, or, if that is damaged, the newest that has files there."""
+    generation = read_generation(run_dir, step)
+    return generation if generation >= 0 else newest_generation(step_dir(run_dir, step))
+
+
+def newest_generation(folder: Path) -> int:
+    """The newest generation that has a file in a step's folder; -1 if none has."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return -1
+    return max((named[0] for name in names if (named := parse_shard_name(name))), default=-1)
 
 
 def size_problem(run_dir: Path, step: int, shard: Shard) -> str | None:

@@ -18,7 +18,7 @@ from checkpointing.checksum import checksum
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
-_SHARD_NAME = re.compile(r"g(\d+)-rank(\d+)\.(safetensors|json|verified)(\.tmp)?")
+_SHARD_NAME = re.compile(r"g(\d+)-rank(\d+)\.(safetensors|json|verified)(\.\d+)?(\.tmp)?")
 _STEP_NAME = re.compile(r"step-(\d+)")
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]

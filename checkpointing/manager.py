@@ -3,52 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
 
 import msgspec
 import torch
 
-from checkpointing import disk
-from checkpointing.checksum import checksum
-from checkpointing.flatten import FlatState, Stateful, check_json, flatten, leaves, rebuild
-from checkpointing.layout import Json, ShardMeta, SnapshotDamagedError
-from checkpointing.restore import DiskCandidate, decode_values, open_candidate
+from checkpointing.candidates import NoSnapshotError
+from checkpointing.flatten import FlatState, Stateful, check_json, flatten, leaves
+from checkpointing.layout import Json
+from checkpointing.loading import LoadedSnapshot, Loader, Places, Ranks, Rejection, Reports, Target
+from checkpointing.repair import Repair
 from checkpointing.segment import SLOTS, Control, PersistTo, SlotState, open_segment, segment_name
-from checkpointing.shardfile import ShardPlan, SnapshotMeta, header_size_bytes, parse_header, plan_shard
+from checkpointing.shardfile import ShardPlan, SnapshotMeta, plan_shard
+from checkpointing.sources import ShardSource, SnapshotSource
 from checkpointing.staging import Copier, SlotViews
 
+__all__ = ["LoadedSnapshot", "NoSnapshotError", "Rejection", "SnapshotManager"]
+
 _LEAST_RESERVE_BYTES = 16 * 1024
-
-Tier = Literal["ram", "disk"]
-
-
-class Rejection(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot this rank refused; reason is one line that names what is damaged."""
-
-    step: int
-    tier: Tier
-    reason: str
-
-
-class LoadedSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """What was loaded, and what had to be passed over before it. seconds: all of it, verification included."""
-
-    step: int
-    generation: int
-    tier: Tier
-    scalars: dict[str, Any]
-    rejections: tuple[Rejection, ...]
-    seconds: float
-
-
-class NoSnapshotError(ValueError):
-    """Snapshots are there, and none of them can be trusted: a person has to decide."""
-
-
-_Reject = Callable[[int, Tier, SnapshotDamagedError], None]
 
 
 class SnapshotManager:
@@ -151,34 +125,23 @@ class SnapshotManager:
     def load(
         self, ram_step: int, agree: Callable[[bool], bool], broadcast: Callable[[list[int]], list[int]],
         report: Callable[[Rejection], None] = lambda rejection: None,
+        *, sources: Sequence[ShardSource] = (), far: SnapshotSource | None = None,
+        rejected: Collection[tuple[int, int]] = (), scratch_dir: Path | None = None,
+        repaired: Callable[[Repair], None] = lambda repair: None,
+        trouble: Callable[[str], None] = lambda words: None,
+        progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
     ) -> LoadedSnapshot | None:  # fmt: skip
-        """Load the nearest, newest snapshot that every rank can verify; None if the run directory has none at all.
+        """Load the nearest, newest snapshot that every rank can verify; None if there is none at all.
 
-        First this rank's memory, if ram_step >= 0, then the run directory, newest first. agree: whether all ranks said
-        yes (a collective); broadcast: rank 0's list on every rank; report: hears of a refusal at once. Nothing is
-        written into the state before all ranks have verified all that they need. NoSnapshotError if there are
-        snapshots and none can be trusted. OSError if a verified file fails while it is copied.
+        First this rank's memory, if ram_step >= 0, then the run directory and `far`, newest (generation, step) first;
+        a damaged or missing shard is fetched from the first of `sources` and `far` that has it whole. agree: whether
+        all ranks said yes (a collective); broadcast: rank 0's list on every rank; the other callables: see
+        `loading.Reports`; the other arguments: see `loading.Places`. Raises what `loading.Loader.load` does.
         """
-        started = time.monotonic()
-        rejections: list[Rejection] = []
-
-        def reject(step: int, tier: Tier, error: SnapshotDamagedError) -> None:
-            rejections.append(Rejection(step=step, tier=tier, reason=str(error)))
-            report(rejections[-1])
-
-        found: tuple[int, int, Tier, dict[str, Any]] | None = None
-        if ram_step >= 0:
-            found = self._load_from_ram(ram_step, agree, broadcast, reject)
-        if found is None:
-            found = self._load_from_disk(agree, broadcast, reject)
-        self._forget_after(-1 if found is None else found[0])
-        if found is None:
-            return None
-        step, generation, tier, scalars = found
-        seconds = time.monotonic() - started
-        return LoadedSnapshot(
-            step=step, generation=generation, tier=tier, scalars=scalars, rejections=tuple(rejections), seconds=seconds
-        )
+        places = Places(self.run_dir, sources, far, frozenset(rejected), scratch_dir)
+        target = Target(self.state, self._flat, self._leaf_names, self._plan.digest, self._slots)
+        ranks = Ranks(self.rank, self.world_size, agree, broadcast)
+        return Loader(target, ranks, places, Reports(report, repaired, trouble, progress)).load(ram_step)
 
     def close(self) -> None:
         """Finish what is under way and unmap. The slots stay: they are the agent's."""
@@ -230,79 +193,3 @@ class SnapshotManager:
         ]
         assert candidates, "more than one slot waits to be persisted"
         return self._slots[min(candidates)[2]]
-
-    def _forget_after(self, step: int) -> None:
-        """Steps beyond the one loaded will be made anew: the old ones must not be found by a later restart."""
-        for slot in self._slots:
-            control = slot.segment.control
-            if control is not None and control.step > step and slot.segment.state is SlotState.COMPLETE:
-                slot.segment.state = SlotState.EMPTY
-
-    def _load_from_ram(
-        self, step: int, agree: Callable[[bool], bool], broadcast: Callable[[list[int]], list[int]], reject: _Reject
-    ) -> tuple[int, int, Tier, dict[str, Any]] | None:
-        held = [control for slot in self._slots if (control := slot.segment.control) is not None]
-        own = max((control.generation for control in held if control.step == step), default=-1)
-        generation = broadcast([own])[0]
-        candidate: tuple[SlotViews, ShardMeta] | None = None
-        try:
-            candidate = self._ram_candidate(step, generation)
-        except SnapshotDamagedError as error:
-            reject(step, "ram", error)
-        if not agree(candidate is not None):
-            return None
-        assert candidate is not None
-        slot, meta = candidate
-        with torch.no_grad():
-            for local, view in zip(self._flat.tensors, slot.views, strict=True):
-                local.tensor.copy_(view)
-        self._give_back(lambda name: msgspec.json.decode(meta.shard.leaves[name]))
-        return step, generation, "ram", decode_values(meta.shard.scalars)
-
-    def _ram_candidate(self, step: int, generation: int) -> tuple[SlotViews, ShardMeta]:
-        for slot in self._slots:
-            control = slot.segment.control
-            if control is None or (control.step, control.generation, control.rank) != (step, generation, self.rank):
-                continue
-            name = slot.segment.path.name
-            if control.layout != self._plan.digest:
-                raise SnapshotDamagedError(f"{name}: is of another layout")
-            data = slot.segment.data[: control.size_bytes]
-            if (found := checksum(data)) != control.checksum:
-                raise SnapshotDamagedError(f"{name}: checksum {found}, should be {control.checksum}")
-            length = header_size_bytes(bytes(data[:8]), control.size_bytes, name)
-            return slot, parse_header(bytes(data[:length]), control.size_bytes, found, name)
-        raise SnapshotDamagedError(f"no whole snapshot of step {step} in this rank's memory")
-
-    def _load_from_disk(
-        self, agree: Callable[[bool], bool], broadcast: Callable[[list[int]], list[int]], reject: _Reject
-    ) -> tuple[int, int, Tier, dict[str, Any]] | None:
-        steps = disk.committed_steps(self.run_dir) if self.rank == 0 else []
-        seen = broadcast([value for step in steps for value in (step, disk.manifest_checksum(self.run_dir, step))])
-        listed = list(zip(seen[::2], seen[1::2], strict=True))
-        reason = ""
-        for step, manifest in listed:
-            candidate: DiskCandidate | None = None
-            try:
-                candidate = open_candidate(
-                    self.run_dir, step, manifest, self._flat.tensors, self._leaf_names, self.rank, self.world_size
-                )
-            except SnapshotDamagedError as error:
-                reject(step, "disk", error)
-                reason = reason or f" ({error})"
-            if agree(candidate is not None):
-                assert candidate is not None
-                with torch.no_grad():
-                    candidate.copy_into(self._flat.tensors)
-                self._give_back(candidate.leaf)
-                return step, candidate.manifest.generation, "disk", candidate.scalars
-        if listed:
-            raise NoSnapshotError(
-                f"none of the {len(listed)} snapshots in {disk.checkpoints_dir(self.run_dir)} can be loaded{reason}: "
-                "repair one, or move that folder away to train from the beginning"
-            )
-        return None
-
-    def _give_back(self, leaf: Callable[[str], Any]) -> None:
-        for key, owner in self.state.items():
-            owner.load_state_dict(rebuild(key, owner.state_dict(), leaf))

@@ -1,9 +1,9 @@
-"""Reading a candidate from the run directory into live tensors: plan, verify everything, only then copy."""
+"""Reading a snapshot into live tensors: what is needed of which file, and the copying once the files are verified."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,23 @@ from typing import Any
 import msgspec
 import torch
 
-from checkpointing import disk
 from checkpointing.flatten import LocalTensor
 from checkpointing.layout import Manifest, Shard, SnapshotDamagedError, step_dir_name
 from checkpointing.reshard import NotCoveredError, Read, plan_reads
 
 
 class DiskCandidate:
-    """One committed snapshot, checked for this rank's needs. Built by `open_candidate`."""
+    """What this rank needs of one committed snapshot. Built by `plan_candidate`; the caller verifies the files."""
 
-    def __init__(self, run_dir: Path, manifest: Manifest, reads: Sequence[Read], rank: int, world_size: int) -> None:
+    def __init__(self, manifest: Manifest, reads: Sequence[Read], rank: int, world_size: int) -> None:
         self.manifest = manifest
-        self._folder = disk.step_dir(run_dir, manifest.step)
         self._reads = reads
         self._own = rank if world_size == manifest.world_size else 0
+
+    @property
+    def files(self) -> list[int]:
+        """Numbers of the shards that are read."""
+        return sorted({read.shard for read in self._reads})
 
     @property
     def scalars(self) -> dict[str, Any]:
@@ -37,40 +40,33 @@ class DiskCandidate:
         holders = (shard.leaves[name] for shard in (shards[self._own], *shards) if name in shard.leaves)
         return msgspec.json.decode(next(holders))
 
-    def copy_into(self, tensors: Sequence[LocalTensor]) -> None:
-        """Fill the live tensors. OSError if the file system fails after all: the state is then worthless."""
-        for index in sorted({read.shard for read in self._reads}):
-            shard = self.manifest.shards[index]
-            with _opened(self._folder / shard.file) as fd:
+    def copy_into(self, tensors: Sequence[LocalTensor], paths: Mapping[int, Path]) -> None:
+        """Fill the live tensors from verified files, by their numbers. No more than one stored slice is in memory.
+
+        OSError if the file system fails after all: the state is then worthless.
+        """
+        for index in self.files:
+            with _opened(paths[index]) as fd:
                 for read in self._reads:
                     if read.shard == index:
-                        _copy_box(fd, shard, read, tensors[read.target])
+                        _copy_box(fd, self.manifest.shards[index], read, tensors[read.target])
 
 
-def open_candidate(
-    run_dir: Path, step: int, manifest_checksum: int, needed: Sequence[LocalTensor], leaf_names: frozenset[str],
-    rank: int, world_size: int,
-) -> DiskCandidate:  # fmt: skip
-    """Check a snapshot: its manifest (the very one that rank 0 saw), that it has everything, and every file needed.
-
-    SnapshotDamagedError, in one line that names the file, if it must not be loaded.
-    """
-    manifest = disk.read_manifest(run_dir, step)
-    if disk.manifest_checksum(run_dir, step) != manifest_checksum:
-        raise SnapshotDamagedError(f"{step_dir_name(step)}: rank 0 sees another manifest")
+def plan_candidate(
+    manifest: Manifest, needed: Sequence[LocalTensor], leaf_names: frozenset[str], rank: int, world_size: int
+) -> DiskCandidate:
+    """Work out what to read of a snapshot. SnapshotDamagedError, in one line, if it lacks anything."""
+    name = step_dir_name(manifest.step)
     parts = [local.part for local in needed]
     preferred = rank % manifest.world_size
     try:
         reads = plan_reads(parts, [shard.tensors for shard in manifest.shards], preferred)
     except NotCoveredError as error:
-        raise SnapshotDamagedError(f"{step_dir_name(step)}: {error}") from error
+        raise SnapshotDamagedError(f"{name}: {error}") from error
     known = set().union(*(shard.leaves for shard in manifest.shards))
     if missing := sorted(leaf_names - known):
-        raise SnapshotDamagedError(f"{step_dir_name(step)}: has no value for {missing[0]}")
-    for index in sorted({read.shard for read in reads}):
-        if problem := disk.shard_problem(run_dir, step, manifest.shards[index]):
-            raise SnapshotDamagedError(problem)
-    return DiskCandidate(run_dir, manifest, reads, rank, world_size)
+        raise SnapshotDamagedError(f"{name}: has no value for {missing[0]}")
+    return DiskCandidate(manifest, reads, rank, world_size)
 
 
 def decode_values(values: dict[str, msgspec.Raw]) -> dict[str, Any]:

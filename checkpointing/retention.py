@@ -66,7 +66,7 @@ class Retention:
         if info is not None:
             return _age(info) < recent[-1] or (_age(info) < recent[0] and self._marked(info))
         folder = disk.step_dir(self.run_dir, step)
-        generation = _newest_generation(folder)
+        generation = disk.newest_generation(folder)
         if (folder / MANIFEST_NAME).is_file():  # damaged: a person may want it while it is newer than what is kept
             return (generation, step) < recent[-1]
         if generation < 0:
@@ -146,10 +146,6 @@ def remove_uncommitted_shards(run_dir: Path, rank: int, before: tuple[int, int],
 
 def _age(manifest: Manifest) -> tuple[int, int]:
     return manifest.generation, manifest.step
-
-
-def _newest_generation(folder: Path) -> int:
-    return max((named[0] for path in folder.iterdir() if (named := parse_shard_name(path.name))), default=-1)
 
 
 def _if_whole(run_dir: Path, step: int) -> Manifest | None:
