@@ -184,6 +184,10 @@ class Objects:
         """
         with self._said(f"upload {name}"):
             self._with_checksum(lambda algorithm: self._transfer(path, name, sums, algorithm, limit, stop))
+            if sums.size_bytes >= self._transfers.multipart_threshold:
+                # An upload is begun twice if the answer to its beginning gets lost; the other one would stay for ever.
+                for upload in self.unfinished(name):
+                    self.abort(upload)
 
     def _with_checksum(self, call: Callable[[str], Any]) -> None:
         """Call with the best algorithm that the server knows; which one that is, it says by refusing the other."""
@@ -231,12 +235,12 @@ class Objects:
             raise
         return True
 
-    def unfinished(self) -> list[UnfinishedUpload]:
-        """Multipart uploads below the root that nobody has completed or aborted. S3Error."""
+    def unfinished(self, prefix: str = "") -> list[UnfinishedUpload]:
+        """Multipart uploads of names that begin with prefix that nobody has completed or aborted. S3Error."""
         found = []
         with self._said("list unfinished uploads"):
             pages = self._client.get_paginator("list_multipart_uploads")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=self.root):
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self.root + prefix):
                 now = email.utils.parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
                 for upload in page.get("Uploads", ()):
                     name = upload["Key"].removeprefix(self.root)

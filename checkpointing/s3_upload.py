@@ -175,6 +175,7 @@ class Uploader:
     def _fell_behind(self, why: str, job: _Job) -> float:
         self._failures += 1
         self._pending = True
+        job.tidied = False  # what could not be aborted now is aborted then
         if self._behind_since is None:
             self._behind_since = time.monotonic()
             generation, step = max(job.left, default=(-1, -1))

@@ -1,4 +1,4 @@
-"""Snapshots with random contents for the tests of the S3 tier: in the run directory, and checks of what a bucket has."""
+"""Snapshots with random contents for the tests of the S3 tier, and checks of what a bucket has."""
 
 from __future__ import annotations
 

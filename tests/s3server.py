@@ -50,6 +50,8 @@ class S3Server:
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
         credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
         identities = [{"name": "test", "credentials": credentials, "actions": actions}]
+        # Each bucket has volumes of its own: one at a time, or the first write to a new bucket makes seven.
+        (self.folder / "master.toml").write_text("[master.volume_growth]\ncopy_1 = 1\n")
         (self.folder / "identities.json").write_text(json.dumps({"identities": identities}))
 
     @property
@@ -112,7 +114,7 @@ class S3Server:
             f"-s3.config={self.folder / 'identities.json'}",
             *(f"-{option}" for option in (*_OFF, *_SINGLE)),
         ]
-        command += ["-master.volumeSizeLimitMB=1024", "-volume.max=100", "-volume.preStopSeconds=0"]
+        command += ["-master.volumeSizeLimitMB=1024", "-volume.max=5000", "-volume.preStopSeconds=0"]
         command += [f"-{name}={port}" for name, port in self._ports.items()]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
