@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from cluster.messages import (
     AgentReport,
     AgentStatus,
+    HeldInfo,
     NumberedFact,
     Order,
     Plan,
-    RamShardInfo,
     RankBeat,
     Readiness,
     Wish,
@@ -27,14 +27,18 @@ class AgentState:
     wake is called, outside the lock, whenever a report is worth sending at once.
     """
 
-    def __init__(self, node: str, host: str, take_inventory: Callable[[], Sequence[RamShardInfo]]) -> None:
+    def __init__(self, node: str, host: str, take_inventory: Callable[[], Sequence[HeldInfo]]) -> None:
         self.node = node
         self.host = host
         self.take_inventory = take_inventory
         self.wake: Callable[[], None] = _nobody
         self.beats: Callable[[], Sequence[RankBeat]] = tuple
         self.on_save: Callable[[], None] = _nobody
+        self.on_order: Callable[[Order], None] = _nobody_listens
+        self.peer_address = ""
+        self.domain = ""
         self.generation = 0
+        self._notice = ""
         self._changed = threading.Condition()
         self._status = AgentStatus.READY
         self._readiness: Readiness | None = None
@@ -67,6 +71,9 @@ class AgentState:
                 beats=beats if self._status is AgentStatus.RUNNING else (),
                 exits=self._exits,
                 facts=tuple(self._facts),
+                peer_address=self.peer_address,
+                domain=self.domain,
+                notice=self._notice,
             )
 
     def take_order(self, order: Order) -> None:
@@ -76,40 +83,46 @@ class AgentState:
             self._sent_up_to = {seq: upto for seq, upto in self._sent_up_to.items() if seq > order.ack_seq}
             self._facts = [numbered for numbered in self._facts if numbered.number > had]
             self._order = order
-            if self._readiness is not None and self._readiness.ready_for < order.target_generation:
-                ready = self._readiness
-                self._readiness = Readiness(order.target_generation, ready.store_host, ready.store_port, ready.ram)
-                worth_saying = True
-            else:
-                worth_saying = False
             save = order.wish is Wish.SAVE_AND_LEAVE and not self._saving and self._status is AgentStatus.RUNNING
             self._saving = self._saving or save
             self._changed.notify_all()
+        self.on_order(order)
         if save:
             self.on_save()
-        if worth_saying:
-            self.wake()
 
     # What torch elastic asks --------------------------------------------------------------------------------------
 
     def await_plan(self, store_port: int) -> Plan | None:
-        """See `cluster.elastic.Planner`."""
-        ram = tuple(self.take_inventory())
+        """See `cluster.elastic.Planner`. What the node holds is looked through anew for every generation wanted."""
+        while True:
+            with self._changed:
+                wanted = self._order.target_generation
+            held = tuple(self.take_inventory())
+            with self._changed:
+                self._status = AgentStatus.READY
+                self._readiness = Readiness(wanted, self.host, store_port, held)
+            self.wake()
+            with self._changed:
+                self._changed.wait_for(lambda: self._worth_answering(wanted))  # noqa: B023  called before it changes
+                plan = None if self._leaving() else self._new_plan()
+                if plan is None and not self._leaving():
+                    continue
+                self._readiness = None
+                if plan is not None:
+                    self.generation = plan.generation
+                    self._status = AgentStatus.RUNNING
+                    self._exits = ()
+                    self._saving = False
+            self.wake()
+            return plan
+
+    def _worth_answering(self, wanted: int) -> bool:
+        return self._leaving() or self._new_plan() is not None or self._order.target_generation > wanted
+
+    def order(self) -> Order:
+        """What the supervisor said last."""
         with self._changed:
-            self._status = AgentStatus.READY
-            self._readiness = Readiness(self._order.target_generation, self.host, store_port, ram)
-        self.wake()
-        with self._changed:
-            self._changed.wait_for(lambda: self._leaving() or self._new_plan() is not None)
-            plan = None if self._leaving() else self._new_plan()
-            self._readiness = None
-            if plan is not None:
-                self.generation = plan.generation
-                self._status = AgentStatus.RUNNING
-                self._exits = ()
-                self._saving = False
-        self.wake()
-        return plan
+            return self._order
 
     def wants_restart(self) -> bool:
         """See `cluster.elastic.Planner`."""
@@ -145,6 +158,12 @@ class AgentState:
             self._facts.append(NumberedFact(self._facts_noted, fact))
         self.wake()
 
+    def must_go(self, why: str) -> None:
+        """This node will be taken away soon: let the supervisor move its ranks before that."""
+        with self._changed:
+            self._notice = why
+        self.wake()
+
     def leave(self) -> None:
         """Behave as if the supervisor had said: shut down."""
         with self._changed:
@@ -164,6 +183,10 @@ class AgentState:
     def idle(self) -> bool:
         """Whether no worker runs here."""
         return self._status is not AgentStatus.RUNNING
+
+
+def _nobody_listens(order: Order) -> None:
+    """Nobody listens yet."""
 
 
 def _nobody() -> None:

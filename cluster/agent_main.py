@@ -7,6 +7,7 @@ persists snapshots in the background, and speaks to the supervisor. Secrets come
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -21,18 +22,29 @@ import msgspec
 
 from cluster.agent import AgentState
 from cluster.keys import read_keys
-from cluster.messages import Plan, RamShardInfo, RankBeat, WorkerExit
+from cluster.messages import HeldInfo, Order, Plan, RankBeat, WorkerExit
 from cluster.rundir import RunDir, safe_name
 from cluster.wire import AgentLink
 from configs.load import load_job
 from configs.schema import JobConfig
 from trainer.events import Fact, FactKind, HeartbeatFile, WorkerError, WorkerStart
-from trainer.paths import error_path, facts_path, heartbeat_path, rank_log, segments_dir
+from trainer.paths import (
+    copies_dir,
+    error_path,
+    facts_path,
+    heartbeat_path,
+    rank_log,
+    segments_dir,
+    transfer_key_path,
+)
 
 _MONITOR_INTERVAL_S = 0.02
 _LOG_TAIL_LINES = 40
 
 if TYPE_CHECKING:
+    from checkpointing.copies import Located
+    from checkpointing.layout import ShardRef
+    from checkpointing.replicator import CopyEvent
     from checkpointing.store import StoreEvent
 
 logger = logging.getLogger("everstep.agent")
@@ -56,45 +68,118 @@ class Node:
 
     def open(self) -> None:
         """Make the node's folder in shared memory, empty: what an earlier agent left is not trusted."""
+        from checkpointing.copies import CopyStore
+        from checkpointing.gather import Gatherer
         from checkpointing.persister import Persister
+        from checkpointing.ratelimit import RateLimit
+        from checkpointing.replicator import Replicator
         from checkpointing.store import NodeStore
+        from checkpointing.transfer_server import TransferServer
 
         shutil.rmtree(self.ram_dir, ignore_errors=True)
         segments_dir(self.ram_dir).mkdir(mode=0o700, parents=True)
         self.run_dir.logs(self.node).mkdir(parents=True, exist_ok=True)
         self.slots.open()
         policy = self.config.checkpoint
-        self.store = NodeStore(segments_dir(self.ram_dir), self.run_dir.path, policy.keep_last, policy.keep_every_steps)
+        node_dir = self.run_dir.node_root(policy.node_dir) / self.node if policy.node_dir else None
+        segments, key = segments_dir(self.ram_dir), transfer_key_path(self.run_dir.path).read_bytes()
+        self.store = NodeStore(
+            segments, self.run_dir.path, policy.keep_last, policy.keep_every_steps, node_dir, policy.keep_best
+        )
+        self.copies = CopyStore(copies_dir(self.ram_dir))
+        self.server = TransferServer(self.state.host, key, self.find, self.copies)
+        self.state.peer_address = f"{self.state.host}:{self.server.start()}"
+        limit = RateLimit(policy.peer_max_mb_per_s * 1e6) if policy.peer_max_mb_per_s else None
+        self.replicator = Replicator(segments, key, policy.peer_interval_steps, limit, self.on_copy_event)
+        self.gatherer = Gatherer(self.store, self.copies, key, self.ram_dir)
+        self.state.on_order = self.on_order
         self.persister = Persister(self.store, self.on_store_event)
         self.persister.start()
+        self.replicator.start()
 
     def close(self) -> None:
         """Give everything back."""
+        self.replicator.stop()
+        self.server.close()
         self.persister.stop()
         self.slots.close()
+        self.copies.close()
         self.store.close()
         shutil.rmtree(self.ram_dir, ignore_errors=True)
         # The last node of this machine takes the run's folder along; the others find it not empty.
         if self.ram_dir.parent.exists() and not any(self.ram_dir.parent.iterdir()):
             self.ram_dir.parent.rmdir()
 
-    def take_inventory(self) -> Sequence[RamShardInfo]:
-        """What the RAM tier holds, verified; called only while no worker runs."""
-        return [RamShardInfo(s.rank, s.world_size, s.step, s.generation) for s in self.store.inventory()]
+    def take_inventory(self) -> Sequence[HeldInfo]:
+        """The shards on this node, verified; called only while no worker runs."""
+        held = [*self.store.inventory(), *self.copies.held()]
+        return [HeldInfo(s.rank, s.world_size, s.step, s.generation, s.tier.value) for s in held]
+
+    def find(self, ref: ShardRef) -> Located | None:
+        """Where a shard that a peer asks for lies on this node."""
+        return self.store.find(ref) or self.copies.find(ref)
+
+    def on_order(self, order: Order) -> None:
+        """The supervisor spoke: copies go to these, and are taken of no history older than the plan's."""
+        self.replicator.send_to(order.copy_to)
+        if order.plan is not None:
+            plan = order.plan
+            self.copies.forget_before(plan.ram_generation if plan.ram_step >= 0 else plan.generation)
 
     def worker_argument(self, plan: Plan) -> str:
-        """What a worker of this plan gets to know, as JSON."""
+        """What a worker of this plan gets to know, as JSON; first, what its rank lacks is brought into memory."""
         self.plan = plan
         for local_rank in self.local_ranks:
             error_path(self.ram_dir, local_rank).unlink(missing_ok=True)
+        order = self.state.order()
+        self._gather(plan, order)
         start = WorkerStart(
             run_dir=str(self.run_dir.path),
             node=self.node,
             generation=plan.generation,
             ram_dir=str(self.ram_dir),
             ram_step=plan.ram_step,
+            rejected=order.rejected,
+            peers=tuple(dict.fromkeys([*order.copy_to, *(a for each in order.gather for a in each.addresses)])),
+            wait_for_copies=bool(order.copy_to),
         )
         return msgspec.json.encode(start).decode()
+
+    def _gather(self, plan: Plan, order: Order) -> None:
+        from checkpointing.gather import Gathered, Need
+        from checkpointing.layout import ShardRef
+
+        def done(result: Gathered) -> None:
+            rank, mb = result.need.ref.rank, result.size_bytes / 1e6
+            if result.problem:
+                self.note(FactKind.SNAPSHOT_FAILED, plan.ram_step, f"shard of rank {rank} not had: {result.problem}")
+            else:
+                detail = f"shard of rank {rank} from {result.origin}, {mb:,.1f} MB"
+                self.note(FactKind.GATHERED, plan.ram_step, detail, rank=rank, seconds=result.seconds)
+
+        needs = [
+            Need(ShardRef(plan.ram_generation, plan.ram_step, s.rank), s.rank - self.first_rank(), s.addresses)
+            for s in order.gather
+        ]
+        if needs and order.plan == plan:
+            self.gatherer.gather(needs, done)
+
+    def note(
+        self, kind: FactKind, step: int, detail: str, rank: int = -1, seconds: float = 0.0, generation: int = -1
+    ) -> None:
+        """Tell the supervisor a fact of this node's own; generation: of the snapshot, if it is not the plan's."""
+        now = self.plan.generation if self.plan else 0
+        fact = Fact(
+            kind=kind, node=self.node, rank=rank, generation=now if generation < 0 else generation, step=step,
+            t_wall_s=time.time(), detail=detail, seconds=seconds,
+        )  # fmt: skip
+        self.state.note(fact)
+
+    def on_copy_event(self, event: CopyEvent) -> None:
+        """Copies on peers fell behind, or caught up."""
+        kind = FactKind.TIER_BEHIND if event.behind else FactKind.TIER_CAUGHT_UP
+        words = f"copies on peers fall behind: {event.detail}" if event.behind else "copies on peers are complete again"
+        self.note(kind, event.step, words, rank=event.rank, generation=event.generation)
 
     def first_rank(self) -> int:
         """Global rank of local rank 0."""
@@ -141,18 +226,7 @@ class Node:
         }
         if event.kind not in kinds:
             return
-        self.state.note(
-            Fact(
-                kind=kinds[event.kind],
-                node=self.node,
-                rank=event.rank,
-                generation=event.generation,
-                step=event.step,
-                t_wall_s=time.time(),
-                detail=event.detail,
-                seconds=event.seconds,
-            )
-        )
+        self.note(kinds[event.kind], event.step, event.detail, event.rank, event.seconds, event.generation)
 
     def worker_exit(self, local_rank: int, exit_code: int | None, signal_number: int | None) -> WorkerExit:
         """Everything known about how a worker ended."""
@@ -171,6 +245,10 @@ class Node:
             t_wall_s=time.time(),
         )
 
+    def told_to_leave(self) -> None:
+        """SIGTERM while workers run: the node is about to be taken away. In a thread: a signal handler may not wait."""
+        threading.Thread(target=self.state.must_go, args=("this node was told to leave (SIGTERM)",)).start()
+
     def remember_oom_kills(self) -> None:
         """Note the cgroup's counter, so that a later rise can be blamed on this generation."""
         self.oom_kills_before = _oom_kills()
@@ -184,6 +262,7 @@ def run_node(node: Node) -> None:
     rendezvous = AssignedRendezvous(node.node, node.state.host, node.state)
 
     def on_deaths(deaths: Sequence[WorkerDeath]) -> None:
+        node.forward_facts()  # what they had to say comes before how they ended
         node.state.workers_died([node.worker_exit(d.local_rank, d.exit_code, d.signal_number) for d in deaths])
 
     while True:
@@ -195,6 +274,7 @@ def run_node(node: Node) -> None:
             node.worker_argument,
             on_deaths,
             node.all_begun,
+            node.told_to_leave,
             _MONITOR_INTERVAL_S,
         )
         node.remember_oom_kills()
@@ -222,6 +302,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _warm_up()
     node = Node(run_dir, config, name, host=socket.gethostbyname("localhost"))
+    node.state.domain = os.environ.get("EVERSTEP_FAILURE_DOMAIN", "")
     node.open()
     link = AgentLink(
         name,

@@ -132,6 +132,20 @@ def _describe_fact(event: events.WorkersReported) -> str:
             return f"[bold red]snapshot of step {fact.step} rejected[/]: {escape(fact.detail)}"
         case FactKind.SNAPSHOT_FAILED:
             return f"[bold red]snapshot not saved[/]: {escape(fact.detail)}; training goes on"
+        case FactKind.SNAPSHOT_DISTRUSTED:
+            return f"[bold red]snapshot of step {fact.step} distrusted[/]: {escape(fact.detail)}"
+        case FactKind.SNAPSHOT_REPAIRED:
+            return f"[bold yellow]snapshot of step {fact.step} repaired[/]: {escape(fact.detail)}"
+        case FactKind.GATHERED:
+            return f"step {fact.step}: {escape(fact.detail)} in {fact.seconds:.2f} s"
+        case FactKind.SNAPSHOT_IN_S3:
+            return f"step {fact.step} is in S3 ({escape(fact.detail)})"
+        case FactKind.TIER_BEHIND:
+            return f"[bold yellow]behind[/]: {escape(fact.detail)}"
+        case FactKind.TIER_CAUGHT_UP:
+            return f"caught up: {escape(fact.detail)}"
+        case FactKind.STOPPING if fact.rank < 0:
+            return f"[bold yellow]{fact.node}[/]: {escape(fact.detail)}"
         case FactKind.UPDATE_SKIPPED:
             return f"[bold yellow]update of step {fact.step} skipped[/]: {escape(fact.detail)}"
         case _:

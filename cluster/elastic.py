@@ -141,6 +141,7 @@ class NodeElasticAgent(LocalElasticAgent):
         worker_argument: Callable[[Plan], str],
         on_deaths: Callable[[Sequence[WorkerDeath]], None],
         all_begun: Callable[[], bool],
+        on_term: Callable[[], None],
         monitor_interval_s: float,
     ) -> None:
         spec = WorkerSpec(
@@ -157,6 +158,7 @@ class NodeElasticAgent(LocalElasticAgent):
         self._worker_argument = worker_argument
         self._on_deaths = on_deaths
         self._all_begun = all_begun
+        self._on_term = on_term
         self._semaphores_linked = False
 
     def worker_pids(self) -> dict[int, int]:
@@ -178,7 +180,10 @@ class NodeElasticAgent(LocalElasticAgent):
         assert plan is not None
         worker_group.spec.args = (self._worker_argument(plan),)
         self._semaphores_linked = True
-        return super()._start_workers(worker_group)
+        started = super()._start_workers(worker_group)
+        # Torch elastic's own handler, set just now, would end the workers without a word.
+        signal.signal(signal.SIGTERM, lambda *_: self._on_term())
+        return started
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         self._shutdown(signal.SIGKILL)

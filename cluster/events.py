@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from cluster.messages import Gather
 from health.verdict import Verdict
 from trainer.events import Fact
 
@@ -50,7 +51,10 @@ class NodeReady(Event, frozen=True, kw_only=True, tag="node_ready"):
 
 
 class GenerationPlanned(Event, frozen=True, kw_only=True, tag="generation_planned"):
-    """Ranks were handed out: node i of `nodes` holds ranks i*ranks_per_node .. ; ram_step -1: load from disk."""
+    """Ranks were handed out: node i of `nodes` holds ranks i*ranks_per_node .. ; ram_step -1: load from disk.
+
+    gather: ranks whose shard of that snapshot is not in their node's own memory, and who has it.
+    """
 
     generation: int
     nodes: tuple[str, ...]
@@ -59,6 +63,8 @@ class GenerationPlanned(Event, frozen=True, kw_only=True, tag="generation_planne
     store_port: int
     ram_step: int
     reason: str
+    ram_generation: int = -1
+    gather: tuple[Gather, ...] = ()
 
 
 class WorkersReported(Event, frozen=True, kw_only=True, tag="fact"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.messages import AgentReport, AgentStatus, RamShardInfo
+from cluster.messages import AgentReport, AgentStatus, Gather, HeldInfo
+
+_TIERS = ("ram", "peer", "node")
 
 
 @dataclass(frozen=True)
@@ -27,23 +30,95 @@ def ready_members(members: Sequence[str], views: Mapping[str, AgentView], genera
     ]
 
 
-def common_ram_step(members: Sequence[str], views: Mapping[str, AgentView], ranks_per_node: int) -> int:
-    """The newest step that every rank finds whole in the memory of the node it will run on; -1 if there is none.
+def common_snapshot(
+    world_size: int, views: Mapping[str, AgentView], rejected: Collection[tuple[int, int]] = ()
+) -> tuple[int, int]:
+    """(generation, step) of the newest snapshot of which some node or other holds every rank's shard; (-1, -1): none.
 
-    A rank's snapshot counts only where it was taken under the same number of ranks and, over all ranks, in the same
-    generation: two halves of different histories never make one snapshot.
+    Shards count only together with those of the same generation and number of ranks: two halves of different
+    histories never make one snapshot.
     """
-    world_size = len(members) * ranks_per_node
-    steps_of_rank: list[set[tuple[int, int]]] = []
-    for index, node in enumerate(members):
-        readiness = views[node].report.readiness
-        held: Sequence[RamShardInfo] = readiness.ram if readiness else ()
-        for rank in range(index * ranks_per_node, (index + 1) * ranks_per_node):
-            steps_of_rank.append(
-                {(s.generation, s.step) for s in held if s.rank == rank and s.world_size == world_size}
-            )
-    common = set.intersection(*steps_of_rank) if steps_of_rank else set()
-    return max(common, default=(0, -1))[1]
+    holders: dict[tuple[int, int], set[int]] = {}
+    for view in views.values():
+        for shard in _held(view):
+            if shard.world_size == world_size and shard.rank < world_size:
+                holders.setdefault((shard.generation, shard.step), set()).add(shard.rank)
+    whole = [age for age, ranks in holders.items() if len(ranks) == world_size and age not in rejected]
+    return max(whole, default=(-1, -1))
+
+
+def gatherings(
+    members: Sequence[str], ranks_per_node: int, views: Mapping[str, AgentView], snapshot: tuple[int, int]
+) -> tuple[Gather, ...]:
+    """Every rank whose shard of the snapshot is not in its node's own slots, and who has it: nearest and fastest first.
+
+    Near is the node itself, then memory before disk; which of several peers comes first turns with the rank, so that
+    not all ask the same one.
+    """
+    missing = []
+    for rank in range(len(members) * ranks_per_node):
+        home = members[rank // ranks_per_node]
+        tiers = {node: tier for node, view in views.items() if (tier := _tier(view, rank, snapshot)) is not None}
+        if tiers.get(home) == "ram":
+            continue
+        names = sorted(tiers)
+        turned = names[rank % len(names) :] + names[: rank % len(names)] if names else []
+        turned.sort(key=lambda node: (node != home, tiers[node] == "node"))
+        missing.append(Gather(rank, tuple(turned)))
+    return tuple(missing)
+
+
+def _tier(view: AgentView, rank: int, snapshot: tuple[int, int]) -> str | None:
+    """The fastest tier in which a node has a shard."""
+    tiers = {s.tier for s in _held(view) if s.rank == rank and (s.generation, s.step) == snapshot}
+    return min(tiers, key=_TIERS.index, default=None)
+
+
+def _held(view: AgentView) -> Sequence[HeldInfo]:
+    return view.report.readiness.held if view.report.readiness else ()
+
+
+def place_copies(
+    members: Sequence[str], candidates: Sequence[str], domains: Mapping[str, str], copies: int
+) -> dict[str, tuple[str, ...]]:
+    """Who keeps the copies of each member's snapshots: `copies` other nodes, or as many as there are.
+
+    Candidates stand on a ring on which every failure domain is spread evenly (a candidate without one is a domain of
+    its own); each member takes those that follow it, first of all from domains that have no copy yet. So everybody
+    keeps about as much as the next. It depends on its arguments alone.
+    """
+    ring = _ring(candidates, domains)
+    place = {node: index for index, node in enumerate(ring)}
+    return {member: _followers(ring, place.get(member, -1), member, domains, copies) for member in members}
+
+
+def _ring(candidates: Sequence[str], domains: Mapping[str, str]) -> list[str]:
+    """The candidates, those of one domain at even distances; without domains, in their own order."""
+    size = Counter(domains.get(node, "") for node in candidates)
+    seen: Counter[str] = Counter()
+    keys = {}
+    for index, node in enumerate(candidates):
+        domain = domains.get(node, "")
+        keys[node] = (0.0, index) if not domain else ((seen[domain] + 0.5) / size[domain], index)
+        seen[domain] += 1
+    return sorted(candidates, key=lambda node: keys[node])
+
+
+def _followers(ring: Sequence[str], at: int, member: str, domains: Mapping[str, str], copies: int) -> tuple[str, ...]:
+    taken, chosen, passed = {domains.get(member)}, list[str](), list[str]()
+    for distance in range(1, len(ring) + 1):
+        if len(chosen) == copies:
+            break
+        node = ring[(at + distance) % len(ring)]
+        domain = domains.get(node)
+        if node == member:
+            continue
+        if domain and domain in taken:
+            passed.append(node)
+        else:
+            taken.add(domain)
+            chosen.append(node)
+    return (*chosen, *passed[: copies - len(chosen)])
 
 
 def all_finished(members: Sequence[str], views: Mapping[str, AgentView], generation: int) -> bool:
@@ -58,9 +133,10 @@ def all_finished(members: Sequence[str], views: Mapping[str, AgentView], generat
 
 def first_members(available: Sequence[str], wanted: int) -> tuple[str, ...]:
     """Who trains first: by natural order of their names, so that spares are the last ones."""
-    return tuple(sorted(available, key=_natural)[:wanted])
+    return tuple(sorted(available, key=natural_order)[:wanted])
 
 
-def _natural(name: str) -> tuple[str, int]:
+def natural_order(name: str) -> tuple[str, int]:
+    """Sorts node2 before node10."""
     digits = name[len(name.rstrip("0123456789")) :]
     return name[: len(name) - len(digits)], int(digits or 0)

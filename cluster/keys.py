@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import msgspec
@@ -35,6 +36,13 @@ def make_or_read_keys(path: Path) -> JobKeys:
     keys = JobKeys(server=_new_pair(), client=_new_pair())
     write_atomically(path, msgspec.json.encode(keys), mode=0o600)
     return keys
+
+
+def make_transfer_key(path: Path) -> None:
+    """The secret with which agents move snapshots among each other; made on the first call, 0600."""
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomically(path, secrets.token_bytes(32), mode=0o600)
 
 
 def read_keys(path: Path) -> JobKeys:

@@ -32,17 +32,18 @@ class RankBeat(msgspec.Struct, frozen=True):
     beat: Beat | None
 
 
-class RamShardInfo(msgspec.Struct, frozen=True):
-    """A verified snapshot of one rank in the node's shared memory."""
+class HeldInfo(msgspec.Struct, frozen=True):
+    """A verified shard of a snapshot that a node holds; tier: `ram`, `peer` (another node's) or `node` (its disk)."""
 
     rank: int
     world_size: int
     step: int
     generation: int
+    tier: str = "ram"
 
 
 class Readiness(msgspec.Struct, frozen=True):
-    """The node could start workers now: where its fresh store listens, and what its RAM tier holds.
+    """The node could start workers now: where its fresh store listens, and which shards it holds.
 
     ready_for: the generation this was said for; an older answer is stale.
     """
@@ -50,7 +51,7 @@ class Readiness(msgspec.Struct, frozen=True):
     ready_for: int
     store_host: str
     store_port: int
-    ram: tuple[RamShardInfo, ...]
+    held: tuple[HeldInfo, ...]
 
 
 class WorkerExit(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,7 +75,12 @@ class NumberedFact(msgspec.Struct, frozen=True):
 
 
 class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
-    """An agent's whole state. generation: the one its workers last ran in (0: none yet)."""
+    """An agent's whole state.
+
+    generation: the one its workers last ran in (0: none yet). peer_address: `host:port` where it serves and takes
+    copies of snapshots, "" for nowhere. domain: what it shares its fate with, a rack or a power line; "" for nothing.
+    notice: why this node must go soon, "" if it need not.
+    """
 
     node: str
     host: str
@@ -87,10 +93,17 @@ class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     beats: tuple[RankBeat, ...]
     exits: tuple[WorkerExit, ...]
     facts: tuple[NumberedFact, ...]
+    peer_address: str = ""
+    domain: str = ""
+    notice: str = ""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Who is which rank in a generation: node i of nodes holds ranks i*ranks_per_node and up."""
+    """Who is which rank in a generation: node i of nodes holds ranks i*ranks_per_node and up.
+
+    ram_step, ram_generation: the snapshot that every rank finds in its node's memory once the node has gathered what
+    it lacks; -1: there is none, load from further away.
+    """
 
     generation: int
     nodes: tuple[str, ...]
@@ -98,6 +111,21 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     store_host: str
     store_port: int
     ram_step: int
+    ram_generation: int = -1
+
+
+class Gather(msgspec.Struct, frozen=True):
+    """A shard that a node's rank needs in memory before it starts, and which nodes have it (nearest first)."""
+
+    rank: int
+    nodes: tuple[str, ...]
+
+
+class Sources(msgspec.Struct, frozen=True):
+    """A `Gather` as an agent gets it: addresses instead of names; none: it is on the node itself."""
+
+    rank: int
+    addresses: tuple[str, ...]
 
 
 class Wish(enum.StrEnum):
@@ -109,12 +137,19 @@ class Wish(enum.StrEnum):
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order"):
-    """The whole of what the supervisor wants. An agent with an older generation stops its workers."""
+    """The whole of what the supervisor wants. An agent with an older generation stops its workers.
+
+    copy_to: who keeps copies of this node's snapshots. gather: what to fetch before starting the plan's workers.
+    rejected: snapshots (generation, step) that must not be loaded.
+    """
 
     ack_seq: int
     wish: Wish
     target_generation: int
     plan: Plan | None
+    copy_to: tuple[str, ...] = ()
+    gather: tuple[Sources, ...] = ()
+    rejected: tuple[tuple[int, int], ...] = ()
 
 
 Message = AgentReport | Order

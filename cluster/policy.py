@@ -28,6 +28,7 @@ _WORDS = {
     Cause.HANG: "training hung",
     Cause.NONFINITE: "the loss or a gradient was not finite",
     Cause.STARTUP_TIMEOUT: "the first step was not finished in time",
+    Cause.PREEMPTED: "the node was told to leave",
 }
 
 

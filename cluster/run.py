@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cluster import events
 from cluster.journal import Journal, read_events
-from cluster.keys import make_or_read_keys
+from cluster.keys import make_or_read_keys, make_transfer_key
 from cluster.local import LocalScheduler
 from cluster.messages import Plan
 from cluster.rundir import Endpoint, RunDir, write_atomically
@@ -21,6 +21,7 @@ from cluster.wire import SupervisorSocket
 from configs.load import ConfigError, Problem, describe_changes, load_job, resolve_toml
 from configs.schema import JobConfig
 from trainer.exits import ExitCode
+from trainer.paths import transfer_key_path
 
 
 def run_job(config: JobConfig, watcher: Watcher, newest_snapshot: Callable[[Path], int]) -> ExitCode:
@@ -138,7 +139,9 @@ def _adopt(supervisor: Supervisor, state: JobState, run_dir: RunDir) -> None:
             store_host=last.store_host,
             store_port=last.store_port,
             ram_step=last.ram_step,
+            ram_generation=last.ram_generation,
         ),
+        last.gather,
         state.order,
         decided,
     )
@@ -147,6 +150,7 @@ def _adopt(supervisor: Supervisor, state: JobState, run_dir: RunDir) -> None:
 @contextlib.contextmanager
 def _listening(run_dir: RunDir) -> Iterator[SupervisorSocket]:
     socket = SupervisorSocket(make_or_read_keys(run_dir.keys))
+    make_transfer_key(transfer_key_path(run_dir.path))
     port = socket.bind()
     run_dir.write_endpoint(Endpoint(host=socket.host, port=port, pid=os.getpid()))
     try:

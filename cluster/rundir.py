@@ -80,8 +80,14 @@ class RunDir:
 
     def ram_root(self, ram_dir: str) -> Path:
         """The run's folder in shared memory; one sub-folder a node."""
-        digest = hashlib.sha256(str(self.path).encode()).hexdigest()[:12]
-        return Path(ram_dir) / f"everstep-{os.getuid()}-{digest}"
+        return Path(ram_dir) / f"everstep-{os.getuid()}-{self._digest()}"
+
+    def node_root(self, node_dir: str) -> Path:
+        """The run's folder on a node's own disk; one sub-folder a node, since nodes may share a machine."""
+        return Path(node_dir).absolute() / f"{self.path.name}-{self._digest()}"
+
+    def _digest(self) -> str:
+        return hashlib.sha256(str(self.path).encode()).hexdigest()[:12]
 
     def create(self) -> None:
         """Make the folders that must exist before anything runs."""

@@ -79,7 +79,8 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
 
     order: the nodes by rank, node i holding ranks i*ranks_per_node and up; a chosen spare is in it as soon as the
     policy replaced a node. newest_step and snapshots (ascending): as far as the journal knows; metrics.jsonl may know
-    more steps. exit_code is None while the run goes on. failures: kept since a person last had a turn.
+    more steps. rejected: snapshots (generation, step) that a loss has shown to be wrong. exit_code is None while the
+    run goes on. failures: kept since a person last had a turn.
     """
 
     run: str = ""
@@ -91,6 +92,7 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     order: tuple[str, ...] = ()
     ranks_per_node: int = 0
     ram_step: int = -1
+    rejected: tuple[tuple[int, int], ...] = ()
     restarts_used: int = 0
     incidents: tuple[Incident, ...] = ()
     failures: tuple[Failure, ...] = ()
@@ -240,6 +242,11 @@ def _fact(state: JobState, fact: Fact) -> JobState:
         case FactKind.SNAPSHOT_COMMITTED:
             snapshots = tuple(sorted({*state.snapshots, fact.step}))[-KEPT_SNAPSHOTS:]
             return _replace(state, snapshots=snapshots, newest_step=max(state.newest_step, fact.step))
+        case FactKind.SNAPSHOT_DISTRUSTED:
+            snapshots = tuple(step for step in state.snapshots if step != fact.step)
+            return _replace(
+                state, snapshots=snapshots, rejected=tuple(sorted({*state.rejected, (fact.generation, fact.step)}))
+            )
         case FactKind.SNAPSHOT_REJECTED:
             return _replace(state, snapshots=tuple(step for step in state.snapshots if step != fact.step))
     return state

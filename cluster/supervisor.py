@@ -14,18 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cluster import events
-from cluster.fleet import AgentView, all_finished, common_ram_step, first_members, ready_members
+from cluster import events, suspicions
+from cluster.fleet import AgentView, all_finished, first_members, ready_members
 from cluster.incidents import write_incident
 from cluster.journal import Journal
-from cluster.messages import AgentReport, AgentStatus, Order, Plan, Wish
+from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
+from cluster.placement import Placement
+from cluster.planning import make_plan, ranks_of
 from cluster.policy import Nothing, Replace, Restart, Stop, decide
 from cluster.rundir import RunDir
 from cluster.scheduler import Scheduler
 from cluster.state import JobState, apply
 from cluster.wire import SupervisorSocket
 from configs.schema import JobConfig
-from health.crash import first_cause, judge_exit
+from health.crash import first_cause
 from health.verdict import Cause, Severity, Verdict
 from health.watchdog import Attention, Progress, lost_nodes
 from trainer.events import Fact, FactKind
@@ -86,6 +88,9 @@ class Supervisor:
         self.members: tuple[str, ...] = ()
         self.target_generation = state.generation
         self.plan: Plan | None = None
+        self.gather: tuple[Gather, ...] = ()
+        self.placement = Placement(config.checkpoint.peer_copies)
+        self.leaving: str = ""
         self.reason = "start"
         self.gathering_since_s = 0.0
         self.progress = Progress(0, {}, config.health, time.monotonic())
@@ -121,16 +126,17 @@ class Supervisor:
         self.shut_down()
         return self.exit_code
 
-    def adopt(self, plan: Plan, order: Sequence[str], interrupted: bool) -> None:
+    def adopt(self, plan: Plan, gather: Sequence[Gather], order: Sequence[str], interrupted: bool) -> None:
         """Go on with the generation that a dead supervisor planned last.
 
-        order: who holds the ranks since its last decision; interrupted: it decided on a new generation, and died
-        before it had planned that.
+        gather: what that plan's nodes had to fetch; order: who holds the ranks since its last decision; interrupted:
+        it decided on a new generation, and died before it had planned that.
         """
         self.adopted = frozenset(self.handles)
         self.expected_since = dict.fromkeys(self.handles, time.monotonic())
         self.members = tuple(order)
         self.target_generation = plan.generation
+        self.gather = tuple(gather)
         if interrupted or tuple(order) != plan.nodes:
             self.next_generation(order, "the last supervisor had decided on it")
         else:
@@ -149,7 +155,10 @@ class Supervisor:
             return
         known = self.views.get(report.node)
         self._catch_up(report)
+        if report.notice and report.node not in self.state.evicted:
+            self._told_to_leave(report)
         self.views[report.node] = AgentView(report, time.monotonic())
+        self.placement.update(self.members, self.views)
         if report.readiness is not None and (known is None or known.report.readiness is None) and not report.generation:
             self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid)
         for numbered in report.facts:
@@ -174,22 +183,38 @@ class Supervisor:
             self.target_generation = max(heard_of - 1, report.generation)
             self.next_generation(self.members, "agents knew a newer generation than the journal")
 
+    def _told_to_leave(self, report: AgentReport) -> None:
+        """A node will be taken away: all ranks save at the next step's end, and then a spare takes its place."""
+        if report.node not in self.members:
+            if self.members:
+                self._evict(report.node, f"spare: {report.notice}")
+            return
+        if self.leaving or self.wish is not Wish.RUN:
+            return
+        self.leaving, self.wish = report.node, Wish.SAVE_AND_LEAVE
+        self.leave_by_s = time.monotonic() + self.config.cluster.leave_timeout_s
+        fact = Fact(
+            kind=FactKind.STOPPING, node=report.node, rank=-1, generation=self.target_generation,
+            step=self.progress.newest_step, t_wall_s=time.time(), detail=f"{report.notice}: state is saved first",
+        )  # fmt: skip
+        self.emit(events.WorkersReported, fact=fact)
+        self.broadcast()
+
+    def _hand_over(self) -> None:
+        """Everybody saved, or had the time to: give the leaving node's ranks to a spare, or end if there is none."""
+        node, self.leaving, self.wish = self.leaving, "", Wish.RUN
+        view = self.views.get(node)
+        notice = view.report.notice if view else "it went before it could save"
+        verdict = suspicions.preempted(node, self.progress.newest_step, notice)
+        self.suspect(verdict, time.time())
+
     def _take_exits(self, report: AgentReport) -> None:
         for death in report.exits:
             key = (report.node, death.rank, death.generation)
             if key in self.seen_exits or self.wish is not Wish.RUN:
                 continue
             self.seen_exits.add(key)
-            verdict = judge_exit(
-                node=report.node,
-                rank=death.rank,
-                exit_code=death.exit_code,
-                signal_number=death.signal_number,
-                error=death.error,
-                log_tail=death.log_tail,
-                oom_kill=death.oom_kill,
-                step=death.error.step if death.error else self.progress.newest_step,
-            )
+            verdict = suspicions.worker_ended(report.node, death, self.progress.newest_step)
             self.suspect(verdict, death.t_wall_s, {f"rank-{death.rank}.log": "\n".join(death.log_tail).encode()})
 
     def _judge_skip(self, fact: Fact) -> None:
@@ -197,15 +222,7 @@ class Supervisor:
         follows, self.skipped_step = fact.step == self.skipped_step + 1, fact.step
         if follows:
             return
-        verdict = Verdict(
-            node=fact.node,
-            rank=-1,
-            cause=Cause.NONFINITE,
-            severity=Severity.NOTICE,
-            step=fact.step,
-            fingerprint=Cause.NONFINITE.value,
-            evidence=(fact.detail,),
-        )
+        verdict = suspicions.skipped_update(fact)
         self.emit(
             events.VerdictGiven,
             generation=fact.generation,
@@ -227,11 +244,15 @@ class Supervisor:
                 wish=Wish.SHUT_DOWN if gone else self.wish,
                 target_generation=self.target_generation,
                 plan=self.plan,
+                copy_to=self.placement.copy_to(node),
+                gather=self.placement.sources(self.gather, node, ranks_of(node, self.plan)),
+                rejected=self.state.rejected,
             ),
         )
 
     def broadcast(self) -> None:
         """Send everybody its order now, without waiting for the next report."""
+        self.placement.update(self.members, self.views)
         for node in self.views:
             self.send_order(node)
 
@@ -262,7 +283,8 @@ class Supervisor:
         elif self.members and now - self.gathering_since_s > self.config.health.startup_timeout_s:
             missing = set(self.members) - set(ready_members(self.members, self.views, self.target_generation))
             for node in sorted(missing):
-                self.suspect(self._startup_timeout(node), time.time())
+                timeout_s = self.config.health.startup_timeout_s
+                self.suspect(suspicions.startup_timeout(node, self.progress.newest_step, timeout_s), time.time())
 
     def _watch_progress(self, now: float) -> None:
         hang = self.progress.judge(now)
@@ -281,26 +303,7 @@ class Supervisor:
 
     def _agent_gone(self, node: str) -> Verdict:
         words = self.scheduler.last_words(node) if node not in self.views else ()
-        return Verdict(
-            node=node,
-            rank=-1,
-            cause=Cause.NODE_LOST,
-            severity=Severity.NODE,
-            step=self.progress.newest_step,
-            fingerprint=Cause.NODE_LOST.value,
-            evidence=("the scheduler says that the node's agent is gone", *words),
-        )
-
-    def _startup_timeout(self, node: str) -> Verdict:
-        return Verdict(
-            node=node,
-            rank=-1,
-            cause=Cause.STARTUP_TIMEOUT,
-            severity=Severity.NODE,
-            step=self.progress.newest_step,
-            fingerprint=Cause.STARTUP_TIMEOUT.value,
-            evidence=(f"not ready after health.startup_timeout_s = {self.config.health.startup_timeout_s:g} s",),
-        )
+        return suspicions.agent_gone(node, self.progress.newest_step, words)
 
     def _heard_at(self, node: str) -> float:
         view = self.views.get(node)
@@ -385,17 +388,8 @@ class Supervisor:
             return
         if len(ready_members(self.members, self.views, self.target_generation)) < len(self.members):
             return
-        first = self.views[self.members[0]].report.readiness
-        assert first is not None
         ranks_per_node = self.config.cluster.ranks_per_node
-        plan = Plan(
-            generation=self.target_generation,
-            nodes=self.members,
-            ranks_per_node=ranks_per_node,
-            store_host=first.store_host,
-            store_port=first.store_port,
-            ram_step=common_ram_step(self.members, self.views, ranks_per_node),
-        )
+        plan, self.gather = make_plan(self.target_generation, self.members, ranks_per_node, self.views, self.state)
         self.emit(
             events.GenerationPlanned,
             generation=plan.generation,
@@ -404,6 +398,8 @@ class Supervisor:
             store_host=plan.store_host,
             store_port=plan.store_port,
             ram_step=plan.ram_step,
+            ram_generation=plan.ram_generation,
+            gather=self.gather,
             reason=self.reason,
         )
         self._follow(plan)
@@ -434,13 +430,19 @@ class Supervisor:
             return
         if self.plan is not None and all_finished(self.members, self.views, self.plan.generation):
             last = max(self.views[n].report.finished_step for n in self.members)
-            self._end_at(last)
+            if self.leaving and not self.interrupts and last < self.config.training.steps:
+                self._hand_over()
+            else:
+                self._end_at(last)
         elif self.interrupts and self.wish is Wish.RUN:
             self.wish = Wish.SAVE_AND_LEAVE
             self.leave_by_s = now + self.config.cluster.leave_timeout_s
             self.broadcast()
         if self.exit_code is None and self.wish is Wish.SAVE_AND_LEAVE and self._leave_now(now):
-            self.exit_code = ExitCode.REQUEUE
+            if self.leaving and not self.interrupts:
+                self._hand_over()
+            else:
+                self.exit_code = ExitCode.REQUEUE
 
     def _end_at(self, last: int) -> None:
         """All workers ended well after step `last`: done only if training is, and its last state is on disk."""

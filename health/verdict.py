@@ -20,6 +20,7 @@ class Cause(enum.StrEnum):
     HANG = "hang"
     NONFINITE = "nonfinite"
     STARTUP_TIMEOUT = "startup_timeout"
+    PREEMPTED = "preempted"
 
 
 class Severity(enum.StrEnum):

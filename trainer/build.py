@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 import torch.distributed as dist
 
-from checkpointing.manager import NoSnapshotError, Rejection, SnapshotManager
+from checkpointing.manager import LoadedSnapshot, NoSnapshotError, Rejection, SnapshotManager
+from checkpointing.policy import TierPolicy
+from checkpointing.segment import SLOTS, SLOTS_WITH_COPIES
 from checkpointing.verify import list_snapshots
 from configs.models import FAMILIES
 from configs.schema import JobConfig
 from parallelism.engine import Engine, build_engine
 from parallelism.mesh import World
+from trainer.canary import logged_record
+from trainer.copies import CopyWait
 from trainer.data import Prefetcher, StepReader
-from trainer.events import FactKind, LineFile, Phase
+from trainer.events import FactKind, LineFile, Phase, StepRecord
 from trainer.ledger import SampleLedger
 from trainer.main import DoNotRestartError, RankContext
 from trainer.paths import metrics_path, segments_dir
 from trainer.prepared import read_info
+from trainer.validation import Measured, Validation, build_validation
 
 
 @dataclass
 class Rank:
     """Everything the step loop uses. step is the last one whose update is in the weights.
 
-    first_step: the one this process began with. eod_id: None where attention knows no documents. started_s: monotonic
-    time at which the process began.
+    first_step: the one this process began with. loaded: (generation, step) of the snapshot that it began with. canary:
+    the loss that was logged for first_step, None if none was. measured: what the last step's validation gave.
+    unpublished: the row of the last step, while its snapshot is not yet safe. persisted_s: monotonic time of the last
+    snapshot for the run directory. eod_id: None where attention knows no documents. started_s: monotonic time at which
+    the process began.
     """
 
     context: RankContext
@@ -45,6 +55,14 @@ class Rank:
     eod_id: int | None
     tokens_seen: int
     started_s: float
+    policy: TierPolicy
+    copies: CopyWait | None
+    loaded: tuple[int, int]
+    canary: float | None
+    persisted_s: float
+    validation: Validation | None
+    unpublished: StepRecord | None = None
+    measured: Measured | None = None
     told: bool = False
 
     def tell_once(self, problem: OSError | None) -> None:
@@ -77,15 +95,21 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         generation=context.start.generation,
         run_dir=context.run_dir,
         mesh=_mesh(config),
+        slots=SLOTS_WITH_COPIES if _sends_copies(config) else SLOTS,
     )
     snapshots.prepare()
     stack.callback(snapshots.close)
-    step, tokens_seen = _resume(context, snapshots) if has_snapshot else (0, 0)
+    metrics = LineFile(metrics_path(context.run_dir))
+    loaded = _resume(context, snapshots) if has_snapshot else None
+    step = loaded.step if loaded else 0
+    if loaded and context.rank == 0:
+        _complete_metrics(metrics, loaded)
     context.heart.beat(Phase.LOADING, step=step)
     vocab_size = config.model.vocab_size or FAMILIES[config.model.family][config.model.flavor].vocab_size
     reader = StepReader(config, engine.dp_rank, engine.dp_degree, vocab_size)
     data = Prefetcher(reader, step + 1, config.training.steps, config.data.prefetch_steps)
     stack.callback(data.close)
+    eod_id = _eod_id(config) if engine.needs_masks else None
     first_of_dp = (engine.coords.pp, engine.coords.cp, engine.coords.tp) == (0, 0, 0)
     return Rank(
         context=context,
@@ -93,18 +117,45 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         engine=engine,
         data=data,
         ledger=SampleLedger(context.run_dir, engine.dp_rank, context.start.generation) if first_of_dp else None,
-        metrics=LineFile(metrics_path(context.run_dir)),
+        metrics=metrics,
         snapshots=snapshots,
         device=device,
         step=step,
         first_step=step + 1,
-        eod_id=_eod_id(config) if engine.needs_masks else None,
-        tokens_seen=tokens_seen,
+        eod_id=eod_id,
+        tokens_seen=int(loaded.scalars["tokens_seen"]) if loaded else 0,
         started_s=started_s,
+        policy=TierPolicy(config.checkpoint),
+        copies=CopyWait(context, snapshots, config.checkpoint.peer_wait_s) if context.start.wait_for_copies else None,
+        loaded=(loaded.generation, loaded.step) if loaded else (0, 0),
+        canary=_canary(context, config, step + 1) if loaded else None,
+        persisted_s=time.monotonic(),
+        validation=build_validation(config, engine, context.heart, eod_id, vocab_size),
     )
 
 
-def _resume(context: RankContext, snapshots: SnapshotManager) -> tuple[int, int]:
+def _sends_copies(config: JobConfig) -> bool:
+    """Whether any peer could ever take copies: it decides how many slots there are, which must not change."""
+    return config.checkpoint.peer_copies > 0 and config.cluster.nodes + config.cluster.spares > 1
+
+
+def _complete_metrics(metrics: LineFile, loaded: LoadedSnapshot) -> None:
+    """Write the loaded step's row if the process that computed it was lost before it could."""
+    row = loaded.scalars.get("record")
+    if row is not None and logged_record(metrics.path, loaded.step) is None:
+        metrics.keep(msgspec.convert(row, StepRecord))
+
+
+def _canary(context: RankContext, config: JobConfig, step: int) -> float | None:
+    """The loss that was logged for a step before, the same answer on every rank. Collective."""
+    found = logged_record(metrics_path(context.run_dir), step) if context.rank == 0 else None
+    loss = found.loss_avg if found is not None and config.checkpoint.canary_tolerance > 0 else None
+    box = torch.tensor([math.nan if loss is None else loss], dtype=torch.float64)
+    dist.broadcast(box, 0)
+    return None if math.isnan(box.item()) else float(box.item())
+
+
+def _resume(context: RankContext, snapshots: SnapshotManager) -> LoadedSnapshot:
     began_s = time.monotonic()
 
     def report(rejection: Rejection) -> None:
@@ -120,7 +171,7 @@ def _resume(context: RankContext, snapshots: SnapshotManager) -> tuple[int, int]
         raise RuntimeError("the snapshot that the supervisor named is in no tier any more")
     if context.rank == 0:
         context.note(FactKind.LOADED, f"from {loaded.tier}", seconds=time.monotonic() - began_s, step=loaded.step)
-    return loaded.step, int(loaded.scalars["tokens_seen"])
+    return loaded
 
 
 def _eod_id(config: JobConfig) -> int:

@@ -94,10 +94,12 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
 class FactKind(enum.StrEnum):
     """Things worth the journal that a worker or a node's snapshot store noticed."""
 
+    GATHERED = "gathered"
     LOADED = "loaded"
     SNAPSHOT_REJECTED = "snapshot_rejected"
     SNAPSHOT_COMMITTED = "snapshot_committed"
     SNAPSHOT_FAILED = "snapshot_failed"
+    SNAPSHOT_DISTRUSTED = "snapshot_distrusted"
     SNAPSHOT_REPAIRED = "snapshot_repaired"
     SNAPSHOT_IN_S3 = "snapshot_in_s3"
     TIER_BEHIND = "tier_behind"

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from checkpointing.keep import VALIDATION_LOSS
+from checkpointing.layout import Json
+from checkpointing.segment import PersistTo
 from checkpointing.verify import committed_generation
 from parallelism.schedule import learning_rate
 from trainer.build import Rank
+from trainer.canary import CanaryError, differs
 from trainer.data import document_positions
 from trainer.events import FactKind, Phase, StepRecord
 from trainer.metrics import bf16_peak_tflops, host_memory_gib, utilisation_pct
+from trainer.validation import Measured
 
 _DRAIN_POLL_S = 0.005
 _RETRY_S = 5.0
@@ -22,11 +29,15 @@ _RETRY_S = 5.0
 
 @dataclass(frozen=True)
 class Vote:
-    """What all ranks agreed on. bad: some rank's loss or gradient is not finite. busy: some rank still persists."""
+    """What all ranks agreed on. bad: some rank's loss or gradient is not finite. busy: some rank still persists.
+
+    clock_due: rank 0 says that it is time for the run directory to get a snapshot.
+    """
 
     bad: bool
     leave: bool
     busy: bool
+    clock_due: bool
 
 
 @dataclass(frozen=True)
@@ -49,15 +60,26 @@ def train(rank: Rank) -> None:
         stats, vote = run_step(rank, rank.step + 1)
         rank.step += 1
         rank.tokens_seen += rank.engine.global_tokens
-        snapshot(rank, vote, final=rank.step == last or vote.leave)
         ended_s = time.monotonic()
+        rank.measured = measure(rank, vote)
         heart.beat(Phase.SNAPSHOT, last_step_s=ended_s - began_s)
-        publish(rank, stats, ended_s - began_s)
-        began_s = ended_s
+        rank.unpublished = make_record(rank, stats, ended_s - began_s)
+        began_s = ended_s if rank.measured is None else time.monotonic()
+        snapshot(rank, vote, final=rank.step == last or vote.leave)
+        if rank.copies is None:
+            publish(rank)
         if vote.leave:
             rank.context.note(FactKind.STOPPING, "asked to leave; state saved")
             break
     secure(rank)
+    publish(rank)
+
+
+def measure(rank: Rank, vote: Vote) -> Measured | None:
+    """The validation loss after this step, if it is due; a job that was asked to leave has no time for it."""
+    if rank.validation is None or vote.leave or not rank.validation.due(rank.step):
+        return None
+    return rank.validation.measure()
 
 
 def secure(rank: Rank) -> None:
@@ -72,7 +94,7 @@ def secure(rank: Rank) -> None:
         rank.context.heart.beat(Phase.SNAPSHOT)
         time.sleep(_DRAIN_POLL_S)
         if time.monotonic() > retry_s and not rank.snapshots.persist_busy:
-            rank.snapshots.stage(rank.step, persist=True, scalars={"tokens_seen": rank.tokens_seen})
+            rank.snapshots.stage(rank.step, persist=PersistTo.RUN, scalars=scalars(rank))
             rank.snapshots.wait()
             retry_s = time.monotonic() + _RETRY_S
 
@@ -98,8 +120,14 @@ def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
     grad_norm = engine.clip_grad_norm(rank.config.training.max_grad_norm)
     # The weights may not change under a copy of them.
     stall_s = rank.snapshots.wait()
+    if rank.copies is not None and rank.policy.copies(step - 1) and step > rank.first_step:
+        stall_s += rank.copies.wait()
     heart.beat(Phase.VOTE)
     vote = take_vote(rank, loss, grad_norm)
+    # Every rank's copies of the step before are whole by now: nothing can take it back any more.
+    publish(rank)
+    if step == rank.first_step and rank.canary is not None:
+        check_canary(rank, loss, rank.canary)
     heart.beat(Phase.OPTIMIZER)
     lr = learning_rate(rank.config.optimizer, rank.config.training.steps, step)
     if vote.bad:
@@ -113,45 +141,68 @@ def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
 
 
 def take_vote(rank: Rank, loss: Tensor, grad_norm: Tensor) -> Vote:
-    """Agree on whether the update is sane, whether to leave, and whether the disk keeps up. One small collective."""
+    """Agree on whether the update is sane, whether to leave, and what the disk needs. One small collective."""
     finite = bool(torch.isfinite(loss)) and bool(torch.isfinite(grad_norm))
-    mine = [not finite, rank.context.leave_requested, rank.snapshots.persist_busy]
+    clock_due = rank.context.rank == 0 and rank.policy.clock_due(time.monotonic() - rank.persisted_s)
+    mine = [not finite, rank.context.leave_requested, rank.snapshots.persist_busy, clock_due]
     ballot = torch.tensor(mine, dtype=torch.int32)
     dist.all_reduce(ballot, op=dist.ReduceOp.MAX)
     return Vote(*(bool(value) for value in ballot.tolist()))
 
 
+def check_canary(rank: Rank, loss: Tensor, expected: float) -> None:
+    """Compare the first loss after a load with the run's own. Collective. CanaryError, on all ranks, if it differs."""
+    found, _ = rank.engine.global_loss(loss)
+    if not differs(expected, found, rank.config.checkpoint.canary_tolerance):
+        return
+    generation, step = rank.loaded
+    detail = f"step {rank.first_step} has loss {found} from the snapshot of step {step}, and was logged with {expected}"
+    if rank.context.rank == 0:
+        rank.context.note(FactKind.SNAPSHOT_DISTRUSTED, detail, step=step, generation=generation)
+    raise CanaryError(detail)
+
+
 def snapshot(rank: Rank, vote: Vote, final: bool) -> None:
     """Begin to copy the state to shared memory, if the step is due; the next step waits for the copy, not this one."""
-    policy, step = rank.config.checkpoint, rank.step
-    persist = final or (step % policy.persist_interval_steps == 0 and not vote.busy)
-    if persist or step % policy.ram_interval_steps == 0:
+    feed = rank.policy.feed(rank.step, final, vote.busy, vote.clock_due)
+    if not feed.stage:
+        return
+    rank.context.heart.beat(Phase.SNAPSHOT)
+    deadline_s = time.monotonic() + rank.config.cluster.leave_timeout_s
+    while final and rank.snapshots.persist_busy and time.monotonic() < deadline_s:
+        # A slow disk is no hang: every beat here counts as progress.
         rank.context.heart.beat(Phase.SNAPSHOT)
-        deadline_s = time.monotonic() + rank.config.cluster.leave_timeout_s
-        while final and rank.snapshots.persist_busy and time.monotonic() < deadline_s:
-            # A slow disk is no hang: every beat here counts as progress.
-            rank.context.heart.beat(Phase.SNAPSHOT)
-            time.sleep(_DRAIN_POLL_S)
-        # A disk that is stuck still keeps the last slot: the run will end as unsaved, but it will end.
-        persist = persist and not rank.snapshots.persist_busy
-        rank.snapshots.stage(step, persist=persist, scalars={"tokens_seen": rank.tokens_seen})
+        time.sleep(_DRAIN_POLL_S)
+    # A disk that is stuck still keeps the last slot: the run will end as unsaved, but it will end.
+    persist = PersistTo.NOTHING if rank.snapshots.persist_busy else feed.persist
+    if persist & PersistTo.RUN:
+        rank.persisted_s = time.monotonic()
+    rank.snapshots.stage(rank.step, persist=persist, scalars=scalars(rank))
 
 
-def publish(rank: Rank, stats: StepStats, step_s: float) -> None:
-    """Write the step's line of metrics, on the steps that are logged. Collective on those steps."""
+def scalars(rank: Rank) -> dict[str, Json]:
+    """What a snapshot says beside tensors: its step's own row, too, which may not have reached metrics.jsonl."""
+    row = None if rank.unpublished is None else msgspec.to_builtins(rank.unpublished)
+    loss = None if rank.measured is None else rank.measured.loss
+    return {"tokens_seen": rank.tokens_seen, VALIDATION_LOSS: loss, "record": row}
+
+
+def make_record(rank: Rank, stats: StepStats, step_s: float) -> StepRecord | None:
+    """The step's line of metrics, on rank 0 and on the steps that are logged. Collective on those steps."""
     step, config = rank.step, rank.config
     if rank.context.rank == 0 and step == rank.first_step:
         rank.context.note(FactKind.FIRST_STEP, seconds=time.monotonic() - rank.started_s)
-    if step % config.telemetry.log_interval_steps and step != config.training.steps:
-        return
+    measured = rank.measured or Measured(None, 0.0)
+    if step % config.telemetry.log_interval_steps and step != config.training.steps and rank.measured is None:
+        return None
     loss_avg, loss_max = rank.engine.global_loss(stats.loss)
     if rank.context.rank != 0:
-        return
+        return None
     tokens_per_s = rank.engine.global_tokens / step_s / config.world_size
     tflops = tokens_per_s * rank.engine.flops_per_token / 1e12
     memory_gib, memory_pct = _memory(rank.device)
     peak = bf16_peak_tflops(torch.cuda.get_device_name(rank.device)) if rank.device.type == "cuda" else None
-    record = StepRecord(
+    return StepRecord(
         step=step,
         steps=config.training.steps,
         generation=rank.context.start.generation,
@@ -159,9 +210,9 @@ def publish(rank: Rank, stats: StepStats, step_s: float) -> None:
         step_s=step_s,
         data_s=stats.data_s,
         stall_s=stats.stall_s,
-        loss_avg=loss_avg,
-        loss_max=loss_max,
-        grad_norm=stats.grad_norm,
+        loss_avg=_finite(loss_avg),
+        loss_max=_finite(loss_max),
+        grad_norm=_finite(stats.grad_norm),
         lr=stats.lr,
         tokens_seen=rank.tokens_seen,
         tokens_per_sec_per_gpu=tokens_per_s,
@@ -170,8 +221,20 @@ def publish(rank: Rank, stats: StepStats, step_s: float) -> None:
         memory_gib=memory_gib,
         memory_pct=memory_pct,
         skipped=stats.skipped,
+        validation_loss=measured.loss,
+        validation_s=measured.seconds,
     )
-    rank.tell_once(rank.metrics.keep(record))
+
+
+def publish(rank: Rank) -> None:
+    """Write the line of metrics that is still to be written, if there is one."""
+    record, rank.unpublished = rank.unpublished, None
+    if record is not None:
+        rank.tell_once(rank.metrics.keep(record))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _memory(device: torch.device) -> tuple[float, float | None]:

@@ -45,13 +45,16 @@ class RankContext:
         self.ram_dir = Path(start.ram_dir)
         self.leave_requested = False
 
-    def note(self, kind: FactKind, detail: str = "", seconds: float = 0.0, step: int | None = None) -> None:
-        """Tell the agent a fact; it reaches the journal."""
+    def note(
+        self, kind: FactKind, detail: str = "", seconds: float = 0.0, step: int | None = None,
+        generation: int | None = None,
+    ) -> None:  # fmt: skip
+        """Tell the agent a fact; it reaches the journal. step, generation: of what it is about, if not of now."""
         fact = Fact(
             kind=kind,
             node=self.start.node,
             rank=self.rank,
-            generation=self.start.generation,
+            generation=self.start.generation if generation is None else generation,
             step=self.heart.step if step is None else step,
             t_wall_s=time.time(),
             detail=detail,

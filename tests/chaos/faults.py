@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    from tests.chaos.jobs import Job
 
 
 def processes_writing(log: Path) -> Iterator[psutil.Process]:
@@ -35,6 +41,12 @@ def agent_process(run_dir: Path, node: str) -> psutil.Process:
         if os.getsid(process.pid) == process.pid:
             return process
     raise AssertionError(f"no agent of {node}")
+
+
+def wait_a_part_of_a_step(job: Job, dice: random.Random) -> None:
+    """Let a random part of about one step go by: the fault must not care where in a step it strikes."""
+    recent = [record.step_s for record in job.steps()[-5:]]
+    threading.Event().wait(dice.random() * max(recent, default=0.1))
 
 
 def kill_worker(run_dir: Path, node: str, rank: int) -> None:

@@ -1,0 +1,41 @@
+"""From what the fleet reported to a plan: who is which rank, and from which snapshot all go on. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cluster.fleet import AgentView, common_snapshot, gatherings
+from cluster.messages import Gather, Plan
+from cluster.state import JobState
+
+
+def make_plan(
+    generation: int, members: Sequence[str], ranks_per_node: int, views: Mapping[str, AgentView], state: JobState
+) -> tuple[Plan, tuple[Gather, ...]]:
+    """The plan, and what its nodes must fetch first. All members must have said that they are ready.
+
+    A snapshot that lies in the nodes' memory or on their disks is taken unless the run directory has a newer one.
+    """
+    first = views[members[0]].report.readiness
+    assert first is not None
+    snapshot = common_snapshot(len(members) * ranks_per_node, views, state.rejected)
+    if snapshot[1] < max(state.newest_snapshot, 0):
+        snapshot = (-1, -1)
+    plan = Plan(
+        generation=generation,
+        nodes=tuple(members),
+        ranks_per_node=ranks_per_node,
+        store_host=first.store_host,
+        store_port=first.store_port,
+        ram_step=snapshot[1],
+        ram_generation=snapshot[0],
+    )
+    return plan, gatherings(members, ranks_per_node, views, snapshot) if snapshot[1] >= 0 else ()
+
+
+def ranks_of(node: str, plan: Plan | None) -> range:
+    """The ranks that a plan gives to a node."""
+    if plan is None or node not in plan.nodes:
+        return range(0)
+    first = plan.nodes.index(node) * plan.ranks_per_node
+    return range(first, first + plan.ranks_per_node)

@@ -1,0 +1,57 @@
+"""Verdicts on what the supervisor itself notices, and on what agents report: facts in, verdicts out, nothing kept."""
+
+from __future__ import annotations
+
+from cluster.messages import WorkerExit
+from health.crash import judge_exit
+from health.verdict import Cause, Severity, Verdict
+from trainer.events import Fact
+
+
+def agent_gone(node: str, step: int, last_words: tuple[str, ...]) -> Verdict:
+    """The scheduler knows that the node's agent has ended."""
+    return _about_node(node, Cause.NODE_LOST, step, ("the scheduler says that the node's agent is gone", *last_words))
+
+
+def startup_timeout(node: str, step: int, timeout_s: float) -> Verdict:
+    """The node did not get ready to start workers in time."""
+    evidence = f"not ready after health.startup_timeout_s = {timeout_s:g} s"
+    return _about_node(node, Cause.STARTUP_TIMEOUT, step, (evidence,))
+
+
+def preempted(node: str, step: int, notice: str) -> Verdict:
+    """The node was told that it will be taken away."""
+    return _about_node(node, Cause.PREEMPTED, step, (notice,))
+
+
+def skipped_update(fact: Fact) -> Verdict:
+    """All ranks left an update out: nothing failed, but it should be known."""
+    return Verdict(
+        node=fact.node,
+        rank=-1,
+        cause=Cause.NONFINITE,
+        severity=Severity.NOTICE,
+        step=fact.step,
+        fingerprint=Cause.NONFINITE.value,
+        evidence=(fact.detail,),
+    )
+
+
+def worker_ended(node: str, death: WorkerExit, newest_step: int) -> Verdict:
+    """A worker ended badly."""
+    return judge_exit(
+        node=node,
+        rank=death.rank,
+        exit_code=death.exit_code,
+        signal_number=death.signal_number,
+        error=death.error,
+        log_tail=death.log_tail,
+        oom_kill=death.oom_kill,
+        step=death.error.step if death.error else newest_step,
+    )
+
+
+def _about_node(node: str, cause: Cause, step: int, evidence: tuple[str, ...]) -> Verdict:
+    return Verdict(
+        node=node, rank=-1, cause=cause, severity=Severity.NODE, step=step, fingerprint=cause.value, evidence=evidence
+    )
