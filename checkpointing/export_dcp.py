@@ -12,6 +12,7 @@ The folder is written by torch itself, `.metadata` included, which is a pickle: 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,10 +178,19 @@ def _size_bytes(item: WriteItem) -> int:
 
 def _save(state: dict[str, Any], writer: _Writer, planner: _LazyPlanner) -> None:
     try:
-        dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:
         # It is no Exception, and hides what went wrong on the only rank there is.
         cause = next((cause for cause, _ in error.failures.values()), None)
         if isinstance(cause, Exception):
-            raise cause from None
+            raise _first_os_error(cause) or cause from None
         raise
+
+
+def _first_os_error(error: BaseException | None) -> OSError | None:
+    """What a full disk said, before torch's archive writer complained that it could not finish its archive."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error

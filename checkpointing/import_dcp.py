@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +95,9 @@ class _Checkpoint:
             raise ValueError(f"{self._source}: .metadata does not say where all of {name} is")
         tensor = torch.empty(shape, dtype=entry.properties.dtype)
         try:
-            dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
         except CheckpointException as error:
             cause = next((cause for cause, _ in error.failures.values()), error)
             raise ValueError(f"{self._source}: {name} cannot be read: {cause}") from error

@@ -121,7 +121,7 @@ def test_stock_torch_loads_an_export_and_it_imports_bit_for_bit(tmp_path: Path, 
 
 def test_torchtitan_loads_an_export_on_two_ranks(tmp_path: Path) -> None:
     """Model and optimizer, by its own wrappers, into DTensors on two ranks, and alone."""
-    config, run_dir = run_of("llama3", tmp_path)
+    _, run_dir = run_of("llama3", tmp_path)
     export_dcp(run_dir, STEP, tmp_path / "dcp", silent)
     for ranks in (2, 1):
         for off in run_ranks(ranks, load_in_torchtitan, job("llama3", "debugmodel", tmp_path / "none", dp_shard=ranks),
