@@ -6,7 +6,7 @@ PACKAGES := configs parallelism checkpointing trainer health cluster
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint unit distributed chaos-short chaos data install constraints clean \
-	bench-recovery bench-checkpoint bench-overhead
+	bench-recovery bench-checkpoint bench-checkpoint-gpu bench-overhead
 
 install: $(VENV)/.installed
 
@@ -48,6 +48,10 @@ chaos: install
 
 bench-recovery bench-checkpoint bench-overhead: install data
 	$(BIN)/python -m benchmarks.$(subst bench-,,$@)
+
+# Says so and does nothing where there is no CUDA device.
+bench-checkpoint-gpu: install
+	$(BIN)/python -m benchmarks.checkpoint_gpu
 
 constraints: install
 	$(BIN)/pip freeze --all --exclude everstep --exclude pip | sed 's/+cpu//' > constraints.txt

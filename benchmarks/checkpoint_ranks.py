@@ -185,17 +185,29 @@ def _save_overlapped(saver: Saver, step: int, state: State, compute: Compute, fi
 
 
 def _restore(saver: Saver, step: int, state: State, digest: str, work: Work, figures: Figures) -> None:
-    ways: dict[str, Callable[[], None]] = {"disk": lambda: saver.load(step)}
-    if isinstance(saver, Everstep):
-        ways["ram"] = lambda: saver.load_from_ram(step)
-    for name, way in sorted(ways.items(), reverse=True):
-        for _ in range(work.repeats):
+    def cold() -> None:
+        if dist.get_rank() == 0:
+            forget_cached(Path(work.folder))
+
+    def measure(name: str, repeats: int, before: Callable[[], None], load: Callable[[int], None]) -> None:
+        for _ in range(repeats):
             state.clear()
-            if name == "disk" and dist.get_rank() == 0:
-                forget_cached(Path(work.folder))
-            figures.timed(f"restore_{name}_s", way)
+            before()
+            figures.timed(f"restore_{name}_s", lambda: load(step))
             if state.digest() != digest:
                 raise RuntimeError(f"what came back from {name} is not what was saved")
+
+    if isinstance(saver, Everstep):
+        measure("ram", work.repeats, lambda: None, saver.load_from_ram)
+    measure("disk", work.repeats, cold, saver.load)
+    if isinstance(saver, Everstep):
+        few = max(work.repeats - 1, 1)
+        if work.places.bucket:
+            figures.timed("s3_durable_s", lambda: saver.send_to_s3(step))
+            measure("s3", few, saver.lose_run_directory, saver.load_from_s3)
+        saver.leave_newest_slot(step)
+        figures.timed("peer_durable_s", lambda: saver.send_to_peer(step))
+        measure("peer", few, saver.lose_memory, saver.load_from_peer)
     figures.add("restored_at_s", time.monotonic())
 
 

@@ -33,6 +33,8 @@ FIGURES = (
     Figure("overlapped_stall_s", "stall, a step overlaps", "ms", 1e3),
     Figure("overlapped_step_s", "step with a save", "ms", 1e3),
     Figure("durable_s", "durable on disk", "s", 1.0),
+    Figure("peer_durable_s", "sent to a peer's memory", "s", 1.0),
+    Figure("s3_durable_s", "sent to S3", "s", 1.0),
     Figure("restore_ram_s", "restore from own memory", "s", 1.0),
     Figure("restore_peer_s", "restore from a peer's memory", "s", 1.0),
     Figure("restore_disk_s", "restore from a cold disk", "s", 1.0),

