@@ -112,9 +112,9 @@ class SnapshotManager:
         return any(slot.segment.state is SlotState.TO_PERSIST for slot in self._slots)
 
     @property
-    def copied(self) -> bool:
-        """Whether the peers have the newest snapshot of this rank."""
-        return any(slot.segment.copied for slot in self._slots if slot.segment.control == self._newest())
+    def settled(self) -> bool:
+        """Whether the peers have the newest snapshot of this rank, or will not get it."""
+        return any(slot.segment.settled for slot in self._slots if slot.segment.control == self._newest())
 
     @property
     def newest_complete(self) -> int | None:

@@ -1,7 +1,7 @@
 """The agent's thread that sends every snapshot in this node's memory to the peers that keep its copies.
 
 Nothing here ever holds up training for long: a slot that is being sent is only marked as such, a worker waits for the
-mark of arrival a bounded time, and what cannot be sent is given up until the next snapshot.
+mark a bounded time, and is let go at once when a peer will not take a copy.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from checkpointing.segment import (
     Control,
     parse_segment_name,
     read_control,
-    write_copied,
     write_held,
+    write_settled,
 )
 from checkpointing.transfer_client import TransferClient, TransferError
 
@@ -60,7 +60,7 @@ class Replicator:
         self.limit = limit
         self.report = report
         self._targets: tuple[str, ...] = ()
-        self._settled: dict[int, tuple[tuple[int, int], tuple[str, ...]]] = {}
+        self._sent: dict[int, tuple[tuple[int, int], tuple[str, ...]]] = {}
         self._behind = False
         self._retry_at_s = 0.0
         self._stop = threading.Event()
@@ -110,10 +110,10 @@ class Replicator:
             return False
         if self._behind and time.monotonic() < self._retry_at_s:
             return False
-        return self._settled.get(local_rank) != (control.age, self._targets)
+        return self._sent.get(local_rank) != (control.age, self._targets)
 
     def _send(self, local_rank: int, path: Path, control: Control) -> CopyEvent:
-        """One shard to all who keep it. Given up for this snapshot if one cannot take it: the next one is tried."""
+        """One shard to all who keep it. If one cannot take it, nobody waits for that any more; it is tried again."""
         targets, problem = self._targets, ""
         with contextlib.suppress(FileNotFoundError), _opened(path) as fd:
             write_held(fd, True)
@@ -126,8 +126,9 @@ class Replicator:
                 write_held(fd, False)
             overtaken = _control(path) != control
             if not overtaken:
-                write_copied(fd, control.age)
-                self._settled[local_rank] = (control.age, targets)
+                write_settled(fd, control.age)
+                if not problem:
+                    self._sent[local_rank] = (control.age, targets)
             elif problem:
                 problem = f"snapshots are made faster than they can be sent ({problem})"
         return CopyEvent(

@@ -7,7 +7,7 @@ nobody ever reads. All other fields carry their own checksum, so that a flipped 
 
 Two fields are the agent's alone and no lock either: `held` asks the worker to take another slot while this one is
 being sent to peers (should they miss each other, the receiver's checksum does not match and it is sent again), and
-`copied` says which snapshot of this slot the peers have.
+`settled` says for which snapshot of this slot the worker need not wait (any more): the peers have it, or will not.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _FIELDS_OFFSET = 16
 _FIELDS = struct.Struct("<qqqqqq16s16s")
 _DIGEST = struct.Struct("<Q")
 _HELD_OFFSET = 256
-_COPIED_OFFSET = 320
-_COPIED = struct.Struct("<qqQ")
+_SETTLED_OFFSET = 320
+_SETTLED = struct.Struct("<qqQ")
 _SEGMENT_NAME = re.compile(r"snapshot-(\d+)-(\d+)\.seg(\.tmp)?")
 
 
@@ -134,18 +134,18 @@ def write_held(fd: int, held: bool) -> None:
     os.pwrite(fd, bytes([held]), _HELD_OFFSET)
 
 
-def write_copied(fd: int, age: tuple[int, int]) -> None:
-    """The agent's word that the peers have the snapshot of this age."""
-    os.pwrite(fd, _pack_copied(age), _COPIED_OFFSET)
+def write_settled(fd: int, age: tuple[int, int]) -> None:
+    """The agent's word that the peers have the snapshot of this age, or that nobody need wait for it."""
+    os.pwrite(fd, _pack_settled(age), _SETTLED_OFFSET)
 
 
-def read_copied(block: bytes | memoryview) -> tuple[int, int] | None:
-    """Which snapshot of the slot the peers have; None for none."""
-    generation, step, digest = _COPIED.unpack_from(block, _COPIED_OFFSET)
-    return (generation, step) if _pack_copied((generation, step))[16:] == _DIGEST.pack(digest) else None
+def read_settled(block: bytes | memoryview) -> tuple[int, int] | None:
+    """For which snapshot of the slot nobody need wait; None for none."""
+    generation, step, digest = _SETTLED.unpack_from(block, _SETTLED_OFFSET)
+    return (generation, step) if _pack_settled((generation, step))[16:] == _DIGEST.pack(digest) else None
 
 
-def _pack_copied(age: tuple[int, int]) -> bytes:
+def _pack_settled(age: tuple[int, int]) -> bytes:
     packed = struct.pack("<qq", *age)
     return packed + _DIGEST.pack(xxhash.xxh3_64_intdigest(packed))
 
@@ -179,10 +179,10 @@ class Segment:
         return bool(self._map[_HELD_OFFSET])
 
     @property
-    def copied(self) -> bool:
-        """Whether the peers have what the slot holds now."""
+    def settled(self) -> bool:
+        """Whether nobody need wait for copies of what the slot holds now."""
         control = self.control
-        return control is not None and read_copied(memoryview(self._map)[:CONTROL_BYTES]) == control.age
+        return control is not None and read_settled(memoryview(self._map)[:CONTROL_BYTES]) == control.age
 
     def complete(self, control: Control) -> None:
         """Publish what was staged: fields first, the state last."""

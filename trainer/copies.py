@@ -29,7 +29,7 @@ class CopyWait:
         started_s = time.monotonic()
         deadline_s = started_s + (0.0 if self.late else self.wait_s)
         # The agent's mark is a byte in shared memory, which nothing can block on.
-        while not (arrived := self.snapshots.copied) and time.monotonic() < deadline_s:
+        while not (arrived := self.snapshots.settled) and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)
         if arrived == self.late:
             self.late = not arrived
