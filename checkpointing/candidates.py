@@ -47,7 +47,7 @@ def list_candidates(
     Raises:
         NoSnapshotError: if the bucket cannot be reached and nothing is in the run directory.
     """
-    known = {(disk.named_generation(run_dir, step), step) for step in disk.committed_steps(run_dir)}
+    known = set(disk.committed_ages(run_dir))
     try:
         known |= set(far.committed()) if far is not None else set()
     except SourceError as error:

@@ -63,7 +63,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def all_steps(run_dir: Path) -> list[int]:
-    """Every step that has a folder, newest first, committed or not."""
+    """Every step that has a folder, committed or not, in falling order."""
     try:
         names = os.listdir(checkpoints_dir(run_dir))
     except FileNotFoundError:
@@ -72,8 +72,13 @@ def all_steps(run_dir: Path) -> list[int]:
 
 
 def committed_steps(run_dir: Path) -> list[int]:
-    """Every step that has a manifest (whole or damaged), newest first."""
+    """Every step that has a manifest (whole or damaged), in falling order."""
     return [step for step in all_steps(run_dir) if (step_dir(run_dir, step) / MANIFEST_NAME).is_file()]
+
+
+def committed_ages(run_dir: Path) -> list[tuple[int, int]]:
+    """(generation, step) of the same, newest first: a later generation's snapshot is newer whatever its step."""
+    return sorted(((named_generation(run_dir, step), step) for step in committed_steps(run_dir)), reverse=True)
 
 
 def manifest_checksum(run_dir: Path, step: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from checkpointing import disk
-from checkpointing.layout import mark_name
+from checkpointing.layout import Manifest, mark_name
 
 
 def leave_mark(folder: Path, generation: int, rank: int) -> None:
@@ -29,3 +29,10 @@ def remove_mark(folder: Path, generation: int, rank: int) -> None:
 def all_marked(folder: Path, generation: int, ranks: Iterable[int]) -> bool:
     """Whether these ranks' shards have all verified. OSError if the folder cannot be read."""
     return {mark_name(generation, rank) for rank in ranks} <= set(os.listdir(folder))
+
+
+def is_marked(folder: Path, manifest: Manifest) -> bool:
+    """The same for all shards of a snapshot; a folder that cannot be read has no marks."""
+    with contextlib.suppress(OSError):
+        return all_marked(folder, manifest.generation, (shard.rank for shard in manifest.shards))
+    return False

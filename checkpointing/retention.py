@@ -16,7 +16,7 @@ import msgspec
 from checkpointing import disk
 from checkpointing.keep import kept_info, kept_steps
 from checkpointing.layout import MANIFEST_NAME, Manifest, SnapshotDamagedError, parse_shard_name
-from checkpointing.marks import all_marked, leave_mark
+from checkpointing.marks import is_marked, leave_mark
 
 _BEING_MADE_S = 600.0
 
@@ -95,8 +95,7 @@ class Retention:
         return True
 
     def _marked(self, info: Manifest) -> bool:
-        folder = disk.step_dir(self.run_dir, info.step)
-        return all_marked(folder, info.generation, (shard.rank for shard in info.shards))
+        return is_marked(disk.step_dir(self.run_dir, info.step), info)
 
     def _look_whole(self) -> dict[int, Manifest]:
         """Snapshots whose files are there in full size, but for those that are known to be damaged."""

@@ -231,8 +231,9 @@ class NodeStore:
         started = time.monotonic()
         self.readback.expect_marks(manifest)
         try:
+            newest = disk.committed_ages(self.run_dir)[0][1]
             latest = disk.checkpoints_dir(self.run_dir) / LATEST_NAME
-            disk.write_atomic(latest, f"{step_dir_name(awaited.step)}\n".encode())
+            disk.write_atomic(latest, f"{step_dir_name(newest)}\n".encode())
             remove_superseded(self.run_dir, awaited.step, awaited.generation)
         except OSError as error:
             detail = f"not tidied after step {awaited.step}: {words(error)}"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -271,18 +269,6 @@ def test_a_garbled_control_block_does_not_block_the_worker(tmp_path: Path) -> No
     flip_byte(slot.segment.path, 20)
     assert kinds(run.store.persist_pending()) == [StoreEventKind.FAILED]
     assert not run.manager.persist_busy
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 100 KiB."""
-    path = tmp_path / "small"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(path)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
 
 
 def test_a_full_disk_is_one_event_and_training_goes_on(tmp_path: Path, small_disk: Path) -> None:
