@@ -41,12 +41,11 @@ def commit_manifest(bucket: Bucket, manifest: Manifest, data: bytes) -> Refusal 
         return Refusal(problem, final=False)
     if problem := newer_generation(manifest.generation, bucket.committed()):
         return Refusal(problem, final=True)
-    objects, name = bucket.objects, manifest_name(manifest.step)
     replaces: str | None = None
     for _ in range(_ROUNDS):
-        if objects.put_if(name, data, replaces):
-            return None
-        there = objects.get(name)
+        if bucket.objects.put_if(manifest_name(manifest.step), data, replaces):
+            return None if replaces else _withdraw_if_late(bucket, manifest)
+        there = bucket.objects.get(manifest_name(manifest.step))
         if there is None:  # gone since
             replaces = None
         elif there.data == data:  # an earlier attempt of ours whose answer got lost, or another's with the same bytes
@@ -55,7 +54,22 @@ def commit_manifest(bucket: Bucket, manifest: Manifest, data: bytes) -> Refusal 
             return Refusal(problem, final=True)
         else:
             replaces = there.etag
-    raise S3Error(f"S3: {name} changes faster than it can be replaced")
+    raise S3Error(f"S3: {manifest_name(manifest.step)} changes faster than it can be replaced")
+
+
+def _withdraw_if_late(bucket: Bucket, manifest: Manifest) -> Refusal | None:
+    """Look once more after a manifest was created: a writer that was held up right before it may be an orphan by now.
+
+    Not needed for safety, as its snapshot is older than its successor's to every reader; but what is refused should
+    not be there.
+    """
+    problem = newer_generation(manifest.generation, bucket.committed())
+    if not problem:
+        return None
+    there = bucket.objects.get(manifest_name(manifest.step))
+    if there is not None and decode_sound(there.data, manifest.step) == manifest:
+        bucket.objects.delete(manifest_name(manifest.step), there.etag)
+    return Refusal(problem, final=True)
 
 
 def newer_generation(generation: int, committed: list[tuple[int, int]]) -> str:

@@ -20,11 +20,11 @@ Age = tuple[int, int]  # (generation, step): later ones are newer
 
 
 class Removal(msgspec.Struct, frozen=True):
-    """What goes. manifests: (name, etag), removed first and only if they are still these; then a step's files, unless
-    its manifest had to stay. files: by the step."""
+    """What goes, by its step. manifests: (name, etag), removed first and only if they are still these. shards: their
+    names; they go after that, unless the manifest of their step had to stay."""
 
     manifests: dict[int, tuple[str, str]]
-    files: dict[int, tuple[str, ...]]
+    shards: dict[int, tuple[str, ...]]
 
 
 def plan_removal(
@@ -40,49 +40,42 @@ def plan_removal(
     that belong to no manifest go once a newer snapshot is whole. A damaged snapshot is left to a person as long as
     anything newer than it could still need it. Names that are not a snapshot's are not touched.
     """
-    whole = {step: (m.generation, step) for step, m in manifests.items() if _is_whole(m, files)}
+    whole = {step: manifest.generation for step, manifest in manifests.items() if _is_whole(manifest, files)}
     if not whole:
         return Removal({}, {})
-    infos = [KeptInfo(step=step, generation=generation) for generation, step in whole.values()]
+    infos = [KeptInfo(step=step, generation=generation) for step, generation in whole.items()]
     kept = kept_steps(infos, settings.keep_last, settings.keep_every_steps, 0)
-    newest = max(whole.values())
+    newest = max((generation, step) for step, generation in whole.items())
     going: dict[int, tuple[str, str]] = {}
-    leftovers: dict[int, tuple[str, ...]] = {}
+    shards: dict[int, tuple[str, ...]] = {}
     for step in _steps(files):
-        stored = files.get(manifest_name(step))
-        age = (manifests[step].generation, step) if step in manifests else None
+        stored, manifest = files.get(manifest_name(step)), manifests.get(step)
         if stored is not None and step not in kept and (step in whole or step < min(kept)):
             going[step] = (manifest_name(step), stored.etag)
-            last_generation = age[0] if age else newest[0]
-        elif stored is not None and age is None:
-            continue  # a damaged manifest: who knows which shards are its own
-        else:
-            last_generation = -1
-        named = {shard.file for shard in manifests[step].shards} if age and step not in going else set()
-        leftovers[step] = tuple(
+        elif stored is not None and manifest is None:
+            continue  # a damaged manifest, or one that has come since: who knows which shards are its own
+        needed = {shard.file for shard in manifest.shards} if manifest and step not in going else set()
+        shards[step] = tuple(
             object_name(step, file)
             for file, generation in _shards(files, step)
-            if file not in named
-            and (generation <= last_generation or (generation, step) < newest)
-            and (generation, step) not in awaited
+            if (generation, step) < newest and (generation, step) not in awaited and file not in needed
         )
-    return Removal(going, {step: names for step, names in leftovers.items() if names})
+    return Removal(going, {step: names for step, names in shards.items() if names})
 
 
 def keep_house(bucket: Bucket, awaited: Collection[Age]) -> list[int]:
     """Remove what no longer has to stay, after a commit; returns the steps removed, newest first. S3Error."""
     files = bucket.files()
-    removal = plan_removal(files, bucket.manifests(), bucket.settings, awaited)
-    removed = []
-    for step, (name, etag) in sorted(removal.manifests.items(), reverse=True):
-        if bucket.objects.delete(name, etag):
-            removed.append(step)
-    names = [
-        name
-        for step, of_step in removal.files.items()
-        if step in removed or step not in removal.manifests
-        for name in of_step
+    return carry_out(bucket, plan_removal(files, bucket.manifests(), bucket.settings, awaited))
+
+
+def carry_out(bucket: Bucket, plan: Removal) -> list[int]:
+    """Remove what was planned, but for what has changed since; returns the steps removed, newest first. S3Error."""
+    removed = [
+        step for step, (name, etag) in sorted(plan.manifests.items(), reverse=True) if bucket.objects.delete(name, etag)
     ]
+    stayed = plan.manifests.keys() - set(removed)
+    names = [name for step, of_step in plan.shards.items() if step not in stayed for name in of_step]
     with ThreadPoolExecutor(bucket.settings.connections) as pool:
         list(pool.map(bucket.objects.delete, names))
     return removed
