@@ -17,6 +17,7 @@ from parallelism.initialise import derive_seed, materialise
 from parallelism.mesh import MeshCoords, World, coords_of, loss_ranks
 from parallelism.optimizer import ShardedAdamW, build_adamw
 from parallelism.state import build_states
+from parallelism.uncounted import evaluation, forget_trial_runs
 
 
 class Engine:
@@ -80,7 +81,7 @@ class Engine:
 
         Arguments and result are those of `forward_backward`.
         """
-        with titan.evaluation(self.parts), torch.no_grad():
+        with evaluation(self.parts), torch.no_grad():
             if self.schedule is not None:
                 return self._run_schedule(self.schedule.eval, tokens, positions)
             return torch.stack(list(self._chunk_losses(tokens, positions))).sum()
@@ -169,6 +170,8 @@ def build_engine(config: JobConfig, world: World, *, init_weights: bool = True) 
     plan = titan.blueprint(config, world.device)
     dims = titan.build_dims(config, world)
     pipeline = titan.parallelise(plan, config, dims, world.device)
+    if pipeline.schedule is not None:
+        forget_trial_runs(pipeline.schedule, pipeline.parts)
     for part in pipeline.parts:
         materialise(part, world.device, config.run.seed, init_weights)
     optimizer = build_adamw(config.optimizer, pipeline.parts)

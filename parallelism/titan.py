@@ -270,48 +270,9 @@ def parallelise(plan: Blueprint, config: JobConfig, dims: Any, device: torch.dev
             **arguments,
         )
         pipeline = Pipeline(parts, schedule, first, last)
-        _forget_trial_runs(schedule, parts)
     if device.type == "cpu":
         _sum_plainly(pipeline.parts)
     return pipeline
-
-
-def _forget_trial_runs(schedule: Any, parts: list[nn.Module]) -> None:
-    """Have no expert count the tokens of a stage's trial runs.
-
-    Before its first step, and after each evaluation, a pipeline runs its stages once to learn the shapes that they
-    exchange, on uninitialised memory where the real activations come from another rank. A step begins with empty
-    counters, so emptying them is all that there is to do.
-    """
-
-    def forgetting(prepare: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            result = prepare(*args, **kwargs)
-            with torch.no_grad():
-                for counter in expert_token_counters(parts):
-                    counter.zero_()
-            return result
-
-        return run
-
-    for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
-        stage._prepare_forward_infra = forgetting(stage._prepare_forward_infra)
-        stage._prepare_backward_infra = forgetting(stage._prepare_backward_infra)
-
-
-@contextlib.contextmanager
-def evaluation(parts: list[nn.Module]) -> Iterator[None]:
-    """Within it experts count no tokens; after it no weights stay gathered, as FSDP2 leaves them without a backward."""
-    for part in parts:
-        part.eval()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.train()
-            for module in part.modules():
-                if isinstance(module, torch.distributed.fsdp.FSDPModule):
-                    module.reshard()
 
 
 def _titan_configs(config: JobConfig, device: torch.device) -> tuple[Any, Any]:

@@ -1,0 +1,51 @@
+"""What must not count: evaluations, and the trial runs by which a pipeline learns its activations' shapes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed.fsdp
+from torch import nn
+
+from parallelism.titan import expert_token_counters
+
+
+def forget_trial_runs(schedule: Any, parts: list[nn.Module]) -> None:
+    """Have no expert count the tokens of a stage's trial runs.
+
+    Before its first step, and after each evaluation, a pipeline runs its stages once to learn the shapes that they
+    exchange, on uninitialised memory where the real activations come from another rank. A step begins with empty
+    counters, so emptying them is all that there is to do.
+    """
+
+    def forgetting(prepare: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = prepare(*args, **kwargs)
+            with torch.no_grad():
+                for counter in expert_token_counters(parts):
+                    counter.zero_()
+            return result
+
+        return run
+
+    for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
+        stage._prepare_forward_infra = forgetting(stage._prepare_forward_infra)
+        stage._prepare_backward_infra = forgetting(stage._prepare_backward_infra)
+
+
+@contextlib.contextmanager
+def evaluation(parts: list[nn.Module]) -> Iterator[None]:
+    """Within it experts count no tokens; after it no weights stay gathered, as FSDP2 leaves them without a backward."""
+    for part in parts:
+        part.eval()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.train()
+            for module in part.modules():
+                if isinstance(module, torch.distributed.fsdp.FSDPModule):
+                    module.reshard()
