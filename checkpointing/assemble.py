@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from checkpointing import disk
-from checkpointing.flatten import DTYPES
+from checkpointing.flatten import DTYPES, LocalTensor
 from checkpointing.layout import Manifest, Shard, SnapshotDamagedError, TensorSlice, step_dir_name
 from checkpointing.reshard import NotCoveredError, Read, plan_reads
-from checkpointing.restore import decode_values
+from checkpointing.restore import copy_box, decode_values
 
 Progress = Callable[[str, int, int], None]
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -29,10 +29,15 @@ class SnapshotReader:
     def __init__(self, folder: Path, manifest: Manifest, wanted: list[TensorSlice], reads: list[Read]) -> None:
         self.manifest = manifest
         self.tensors = {part.name: (_TORCH_DTYPES[part.dtype], part.global_shape) for part in wanted}
+        self._wanted = {part.name: part for part in wanted}
         self._reads: dict[str, list[Read]] = {part.name: [] for part in wanted}
         for read in reads:
             self._reads[read.part.name].append(read)
-        self._maps = {index: _mapped(folder / manifest.shards[index].file) for index in {read.shard for read in reads}}
+        self._stack = ExitStack()
+        self._files = {
+            index: self._stack.enter_context((folder / manifest.shards[index].file).open("rb", buffering=0))
+            for index in {read.shard for read in reads}
+        }
 
     @property
     def scalars(self) -> dict[str, Any]:
@@ -40,30 +45,21 @@ class SnapshotReader:
         return decode_values(self.manifest.shards[0].scalars)
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, in memory of its own: nothing else of the snapshot is held."""
-        dtype, shape = self.tensors[name]
-        whole = torch.empty(shape, dtype=dtype)
-        for read in self._reads[name]:
-            stored = self._stored(read, dtype)
-            target = whole
-            for dim, (offset, size) in enumerate(zip(read.box.offsets, read.box.sizes, strict=True)):
-                target = target.narrow(dim, offset, size)
-                stored = stored.narrow(dim, offset - read.part.offsets[dim], size)
-            target.copy_(stored)
-        return whole
+        """One whole tensor, in memory of its own: nothing else of the snapshot is held.
 
-    def _stored(self, read: Read, dtype: torch.dtype) -> Tensor:
-        shard, part = self.manifest.shards[read.shard], read.part
-        start, size_bytes = shard.data_start_bytes + part.start_bytes, part.end_bytes - part.start_bytes
-        window = memoryview(self._maps[read.shard])[start : start + size_bytes]
-        return torch.frombuffer(window, dtype=torch.uint8).view(dtype).view(part.sizes)
+        OSError if a file fails after all. Plain reads and no mapping: there, a failing medium ends the process.
+        """
+        dtype, shape = self.tensors[name]
+        whole = LocalTensor(torch.empty(shape, dtype=dtype), self._wanted[name])
+        for read in self._reads[name]:
+            copy_box(self._files[read.shard].fileno(), self.manifest.shards[read.shard], read, whole)
+        return whole.tensor
 
     def __enter__(self) -> SnapshotReader:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        # No munmap by hand: a tensor that still looks into a mapping keeps it.
-        self._maps.clear()
+        self._stack.close()
 
 
 def open_snapshot(run_dir: Path, step: int, names: Iterable[str], progress: Progress) -> SnapshotReader:
@@ -103,9 +99,3 @@ def _verify(run_dir: Path, step: int, files: list[Shard], progress: Progress) ->
             raise SnapshotDamagedError(problem)
         done += shard.size_bytes
     progress("verify", done, total)
-
-
-def _mapped(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        # Copy on write, not read only: torch warns about every tensor over read-only memory.
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -49,7 +49,7 @@ class DiskCandidate:
             with _opened(paths[index]) as fd:
                 for read in self._reads:
                     if read.shard == index:
-                        _copy_box(fd, self.manifest.shards[index], read, tensors[read.target])
+                        copy_box(fd, self.manifest.shards[index], read, tensors[read.target])
 
 
 def plan_candidate(
@@ -74,7 +74,7 @@ def decode_values(values: dict[str, msgspec.Raw]) -> dict[str, Any]:
     return {name: msgspec.json.decode(value) for name, value in values.items()}
 
 
-def _copy_box(fd: int, shard: Shard, read: Read, local: LocalTensor) -> None:
+def copy_box(fd: int, shard: Shard, read: Read, local: LocalTensor) -> None:
     """Read the rows of a stored slice that the box touches, and put the box where it belongs."""
     part, box, target = read.part, read.box, local.tensor
     if not part.sizes:
