@@ -36,7 +36,8 @@ class TierPolicy(msgspec.Struct, frozen=True):
 
     def copies(self, step: int) -> bool:
         """Whether a staged step is also sent to peers."""
-        return self.config.peer_copies > 0 and step % self.config.peer_interval_steps == 0
+        interval = self.config.peer_interval_steps or self.config.ram_interval_steps
+        return self.config.peer_copies > 0 and step % interval == 0
 
     def clock_due(self, seconds: float) -> bool:
         """Whether the run directory has waited long enough since it got its last snapshot, `seconds` ago."""

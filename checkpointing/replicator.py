@@ -47,7 +47,7 @@ class CopyEvent(msgspec.Struct, frozen=True, kw_only=True):
 class Replicator:
     """Sends the newest whole snapshot of each local rank to `send_to`'s addresses.
 
-    interval_steps: only steps that it divides are sent. report gets events, in this object's thread.
+    interval_steps: only steps that it divides are sent (0: all). report gets events, in this object's thread.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Replicator:
         return [(local_rank, path, control) for local_rank, (path, control) in found.items()]
 
     def _is_due(self, local_rank: int, path: Path, control: Control) -> bool:
-        if control.step % self.interval_steps or not self._targets:
+        if not self._targets or (self.interval_steps and control.step % self.interval_steps):
             return False
         if self._behind and time.monotonic() < self._retry_at_s:
             return False
