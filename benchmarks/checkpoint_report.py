@@ -45,15 +45,15 @@ FIGURES = (
 
 
 _COLUMNS = (
-    ("stall alone, ms", "stall_s"),
-    ("overlapped, ms", "overlapped_stall_s"),
-    ("step, ms", "overlapped_step_s"),
-    ("durable, s", "durable_s"),
-    ("own memory, s", "restore_ram_s"),
-    ("peer, s", "restore_peer_s"),
-    ("S3, s", "restore_s3_s"),
-    ("disk, s", "restore_disk_s"),
-    ("peak, MB", "peak_saving_mb"),
+    ("alone\nms", "stall_s"),
+    ("overlap\nms", "overlapped_stall_s"),
+    ("step\nms", "overlapped_step_s"),
+    ("durable\ns", "durable_s"),
+    ("memory\ns", "restore_ram_s"),
+    ("peer\ns", "restore_peer_s"),
+    ("S3\ns", "restore_s3_s"),
+    ("disk\ns", "restore_disk_s"),
+    ("peak\nMB", "peak_saving_mb"),
 )
 
 
@@ -103,8 +103,9 @@ class Case(NamedTuple):
 
 def show_case(case: Case) -> None:
     """Medians of one case: a line a side, a column a figure."""
-    table = Table(title=f"{case.name}: medians", title_justify="left")
-    table.add_column("side")
+    title = f"{case.name}: stall alone and overlapped, step, durable, restore from each tier, peak memory (medians)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("side", no_wrap=True)
     for heading, _ in _COLUMNS:
         table.add_column(heading, justify="right")
     limits = [case.series(LIMIT.name, key) for key in ("memcpy_s", "plain_step_s", "write_s", "read_s")]

@@ -241,8 +241,9 @@ class MegatronAsync:
 def without_cuda() -> None:
     """Answer what megatron-core asks of CUDA on a machine that has none: the device is the CPU, and all is done."""
     if not torch.cuda.is_available():
-        torch.cuda.current_device = lambda: "cpu"
-        torch.cuda.synchronize = lambda device=None: None
+        cuda: Any = torch.cuda
+        cuda.current_device = lambda: "cpu"
+        cuda.synchronize = lambda device=None: None
 
 
 def step_folder(folder: Path, step: int) -> Path:

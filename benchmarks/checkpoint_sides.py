@@ -29,7 +29,9 @@ PRELOAD = ("benchmarks.checkpoint_ranks",)
 SIDE_TIMEOUT_S = 420.0
 LEAST_FREE_GIB = 8.0
 _SPARE_GIB = 1.5
-_RANK_GIB = 0.25
+_RANK_GIB = 0.3
+_AGENTS_GIB = 1.2
+_LAST_GIB = 0.7
 _SAMPLE_S = 0.02
 _SETTLE_S = 0.3
 _SETTLED_BYTES = 16 << 20
@@ -49,7 +51,7 @@ SIDES = (
     Side("dcp.save, tuned", 1.2),
     Side("dcp.async_save thread", 2.2),
     Side("dcp.async_save thread, tuned", 2.2),
-    Side("dcp.async_save process", 3.2),
+    Side("dcp.async_save process", 3.3),
     Side("dcp.async_save process, tuned", 2.2),
     Side("torch_checkpointing", 2.2),
     Side("torch_checkpointing, tuned", 2.2),
@@ -77,7 +79,7 @@ class SideResult(NamedTuple):
 
 
 def run_side(
-    place: Workspace, side: Side, total_bytes: int, world_size: int, step_s: float, repeats: int
+    place: Workspace, side: Side, total_bytes: int, world_size: int, step_s: float, repeats: tuple[int, int]
 ) -> SideResult:
     """Run one side in fresh processes. NotRunError, in words, if it does not fit or fails."""
     slots, note = _slots_that_fit(side, total_bytes, world_size)
@@ -94,7 +96,7 @@ def run_side(
             helpers.enter_context(memory.sampling())
             work = Work(
                 side=side.name, world_size=world_size, port=_free_port(), total_bytes=total_bytes, step_s=step_s,
-                repeats=repeats, folder=str(folder), places=places,
+                repeats=repeats[0], few=repeats[1], folder=str(folder), places=places,
             )  # fmt: skip
             _run_ranks(work)
         figures = msgspec.json.decode((folder / OUT_NAME).read_bytes(), type=dict[str, list[float]])
@@ -120,7 +122,7 @@ def _slots_that_fit(side: Side, total_bytes: int, world_size: int) -> tuple[int,
     if free_gib < LEAST_FREE_GIB:
         raise NotRunError(f"{free_gib:.1f} GiB of memory are free, less than {LEAST_FREE_GIB:g}: it may hurt others")
     state_gib = total_bytes / 2**30
-    fixed_gib = _SPARE_GIB + _RANK_GIB * world_size
+    fixed_gib = _SPARE_GIB + _RANK_GIB * world_size + (_AGENTS_GIB if side.name == "everstep" else 0.0)
     need_gib = side.copies * state_gib + fixed_gib
     if need_gib <= free_gib:
         return SLOTS, ""
@@ -231,6 +233,8 @@ def _run_ranks(work: Work) -> None:
                 raise NotRunError(failed)
             if time.monotonic() > deadline:
                 raise NotRunError(f"did not end in {SIDE_TIMEOUT_S:g} s")
+            if psutil.virtual_memory().available < _LAST_GIB * 2**30:
+                raise NotRunError(f"stopped: it left less than {_LAST_GIB:g} GiB of memory to everybody")
             time.sleep(0.05)
         if failed := _reasons(work, ranks):
             raise NotRunError(failed)
