@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faultproxy import FaultProxy
-from tests.s3server import S3Server
+if TYPE_CHECKING:  # boto3 is slow to import, and most tests do without
+    from tests.faultproxy import FaultProxy
+    from tests.s3server import S3Server
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """A running server. It is everybody's: use a bucket of your own, and start it again if you stop it."""
+    from tests.s3server import S3Server
+
     with S3Server() as server:
         yield server
 
@@ -29,5 +33,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 @pytest.fixture
 def s3_proxy(s3: S3Server) -> Iterator[FaultProxy]:
     """A proxy of the test's own in front of the server."""
+    from tests.faultproxy import FaultProxy
+
     with FaultProxy(s3.port) as proxy:
         yield proxy
