@@ -223,7 +223,7 @@ def test_a_slot_in_memory_is_as_the_page_says(tmp_path: Path) -> None:
     layout = json.loads(header)["__metadata__"]["everstep.layout"].encode()
     mark = b'"everstep.snapshot":'
     assert block[80:96].hex() == xxhash.xxh3_128_hexdigest(layout + header[: header.rindex(mark) + len(mark)])
-    assert (block[256], block[320:344]) == (0, bytes(24)), "not being sent, and on no peer"
+    assert (block[256], block[320:344]) == (0, bytes(24)), "not being sent, and on no peer yet"
 
 
 def test_the_reader_is_short_and_independent() -> None:
