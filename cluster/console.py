@@ -136,6 +136,8 @@ def _describe_fact(event: events.WorkersReported) -> str:
             return f"[bold red]snapshot of step {fact.step} distrusted[/]: {escape(fact.detail)}"
         case FactKind.SNAPSHOT_REPAIRED:
             return f"[bold yellow]snapshot of step {fact.step} repaired[/]: {escape(fact.detail)}"
+        case FactKind.LOADING:
+            return escape(fact.detail)
         case FactKind.GATHERED:
             return f"step {fact.step}: {escape(fact.detail)} in {fact.seconds:.2f} s"
         case FactKind.SNAPSHOT_IN_S3:

@@ -78,6 +78,7 @@ class Node:
             rejected=order.rejected,
             peers=tuple(dict.fromkeys([*order.copy_to, *(a for each in order.gather for a in each.addresses)])),
             wait_for_copies=bool(order.copy_to),
+            node_dir=str(self.tiers.node_dir or ""),
         )
         return msgspec.json.encode(start).decode()
 

@@ -42,14 +42,14 @@ class NodeTiers:
     def __init__(self, run_dir: RunDir, config: JobConfig, node: str, ram_dir: Path, state: AgentState) -> None:
         policy, key = config.checkpoint, transfer_key_path(run_dir.path).read_bytes()
         segments = segments_dir(ram_dir)
-        node_dir = run_dir.node_root(policy.node_dir) / node if policy.node_dir else None
         limit = RateLimit(policy.peer_max_mb_per_s * _MB) if policy.peer_max_mb_per_s else None
         self.config = config
         self.node = node
         self.state = state
         self.generation = 0
+        self.node_dir = run_dir.node_root(policy.node_dir) / node if policy.node_dir else None
         self.store = NodeStore(
-            segments, run_dir.path, policy.keep_last, policy.keep_every_steps, node_dir, policy.keep_best
+            segments, run_dir.path, policy.keep_last, policy.keep_every_steps, self.node_dir, policy.keep_best
         )
         self.copies = CopyStore(copies_dir(ram_dir))
         self.server = TransferServer(state.host, key, self.find, self.copies)

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import torch
-import torch.distributed as dist
 
-from checkpointing.manager import LoadedSnapshot, NoSnapshotError, Rejection, SnapshotManager
+from checkpointing.manager import SnapshotManager
 from checkpointing.policy import TierPolicy
 from checkpointing.segment import SLOTS, SLOTS_WITH_COPIES
-from checkpointing.verify import list_snapshots
 from configs.models import FAMILIES
 from configs.schema import JobConfig
 from parallelism.engine import Engine, build_engine
 from parallelism.mesh import World
-from trainer.canary import logged_record
 from trainer.copies import CopyWait
 from trainer.data import Prefetcher, StepReader
 from trainer.events import FactKind, LineFile, Phase, StepRecord
 from trainer.ledger import SampleLedger
-from trainer.main import DoNotRestartError, RankContext
+from trainer.main import RankContext
 from trainer.paths import metrics_path, segments_dir
 from trainer.prepared import read_info
+from trainer.resume import bucket, canary, complete_metrics, has_snapshot, resume
 from trainer.validation import Measured, Validation, build_validation
 
 
@@ -79,11 +75,10 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
     """
     context.heart.beat(Phase.BUILDING)
     device = _device(context.local_rank)
-    # Rank 0 looks for all: a commit at this moment must not make ranks disagree.
-    on_disk = _rank0_says([int(bool(list_snapshots(context.run_dir)))])[0]
-    has_snapshot = context.start.ram_step >= 0 or bool(on_disk)
+    far = bucket(config)
+    begun = has_snapshot(context, far)
     engine = build_engine(
-        config, World(context.rank, context.world_size, context.local_rank, device), init_weights=not has_snapshot
+        config, World(context.rank, context.world_size, context.local_rank, device), init_weights=not begun
     )
     context.heart.beat(Phase.LOADING)
     snapshots = SnapshotManager(
@@ -100,10 +95,10 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
     snapshots.prepare()
     stack.callback(snapshots.close)
     metrics = LineFile(metrics_path(context.run_dir))
-    loaded = _resume(context, snapshots) if has_snapshot else None
+    loaded = resume(context, snapshots, far) if begun else None
     step = loaded.step if loaded else 0
     if loaded and context.rank == 0:
-        _complete_metrics(metrics, loaded)
+        complete_metrics(metrics, loaded)
     context.heart.beat(Phase.LOADING, step=step)
     vocab_size = config.model.vocab_size or FAMILIES[config.model.family][config.model.flavor].vocab_size
     reader = StepReader(config, engine.dp_rank, engine.dp_degree, vocab_size)
@@ -128,7 +123,7 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         policy=TierPolicy(config.checkpoint),
         copies=CopyWait(context, snapshots, config.checkpoint.peer_wait_s) if context.start.wait_for_copies else None,
         loaded=(loaded.generation, loaded.step) if loaded else (0, 0),
-        canary=_canary(context, config, step + 1) if loaded else None,
+        canary=canary(context, config, step + 1) if loaded else None,
         persisted_s=time.monotonic(),
         validation=build_validation(config, engine, context.heart, eod_id, vocab_size),
     )
@@ -137,41 +132,6 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
 def _sends_copies(config: JobConfig) -> bool:
     """Whether any peer could ever take copies: it decides how many slots there are, which must not change."""
     return config.checkpoint.peer_copies > 0 and config.cluster.nodes + config.cluster.spares > 1
-
-
-def _complete_metrics(metrics: LineFile, loaded: LoadedSnapshot) -> None:
-    """Write the loaded step's row if the process that computed it was lost before it could."""
-    row = loaded.scalars.get("record")
-    if row is not None and logged_record(metrics.path, loaded.step) is None:
-        metrics.keep(msgspec.convert(row, StepRecord))
-
-
-def _canary(context: RankContext, config: JobConfig, step: int) -> float | None:
-    """The loss that was logged for a step before, the same answer on every rank. Collective."""
-    found = logged_record(metrics_path(context.run_dir), step) if context.rank == 0 else None
-    loss = found.loss_avg if found is not None and config.checkpoint.canary_tolerance > 0 else None
-    box = torch.tensor([math.nan if loss is None else loss], dtype=torch.float64)
-    dist.broadcast(box, 0)
-    return None if math.isnan(box.item()) else float(box.item())
-
-
-def _resume(context: RankContext, snapshots: SnapshotManager) -> LoadedSnapshot:
-    began_s = time.monotonic()
-
-    def report(rejection: Rejection) -> None:
-        context.note(FactKind.SNAPSHOT_REJECTED, f"{rejection.tier}: {rejection.reason}", step=rejection.step)
-
-    try:
-        loaded = snapshots.load(context.start.ram_step, _all_agree, _rank0_says, report)
-    except NoSnapshotError as error:
-        raise DoNotRestartError(
-            f"{error}; restore a snapshot from a copy, or remove {context.run_dir / 'checkpoints'} to begin again"
-        ) from error
-    if loaded is None:
-        raise RuntimeError("the snapshot that the supervisor named is in no tier any more")
-    if context.rank == 0:
-        context.note(FactKind.LOADED, f"from {loaded.tier}", seconds=time.monotonic() - began_s, step=loaded.step)
-    return loaded
 
 
 def _eod_id(config: JobConfig) -> int:
@@ -191,23 +151,6 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def _all_agree(mine: bool) -> bool:
-    vote = torch.tensor([0 if mine else 1], dtype=torch.int32)
-    dist.all_reduce(vote)
-    return vote.item() == 0
-
-
-def _rank0_says(steps: list[int]) -> list[int]:
-    box = torch.tensor([len(steps)], dtype=torch.int64)
-    dist.broadcast(box, 0)
-    values = torch.zeros(int(box.item()), dtype=torch.int64)
-    if dist.get_rank() == 0:
-        values = torch.tensor(steps, dtype=torch.int64)
-    if len(values):
-        dist.broadcast(values, 0)
-    return [int(v) for v in values]
 
 
 def _mesh(config: JobConfig) -> dict[str, int]:

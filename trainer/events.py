@@ -50,7 +50,8 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     ram_dir: the node's folder in shared memory (segments, heartbeat slots, error files).
     rejected: snapshots (generation, step) that a loss has shown to be wrong, never to be loaded again.
     peers: `host:port` of agents that may hold copies of this node's shards.
-    wait_for_copies: whether somebody takes copies of this node's snapshots.
+    wait_for_copies: whether somebody takes copies of this node's snapshots. node_dir: the node's folder on its own
+    disk, "" if it has none.
     """
 
     run_dir: str
@@ -61,6 +62,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     rejected: tuple[tuple[int, int], ...] = ()
     peers: tuple[str, ...] = ()
     wait_for_copies: bool = False
+    node_dir: str = ""
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +97,7 @@ class FactKind(enum.StrEnum):
     """Things worth the journal that a worker or a node's snapshot store noticed."""
 
     GATHERED = "gathered"
+    LOADING = "loading"
     LOADED = "loaded"
     SNAPSHOT_REJECTED = "snapshot_rejected"
     SNAPSHOT_COMMITTED = "snapshot_committed"
