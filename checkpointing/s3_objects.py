@@ -61,6 +61,7 @@ class Objects:
         self.root = root
         self._bucket = settings.bucket
         self._algorithm = _CRC64
+        self._streams = threading.BoundedSemaphore(settings.connections)
         self._transfers = TransferConfig(
             multipart_threshold=settings.part_mb * _MB,
             multipart_chunksize=settings.part_mb * _MB,
@@ -76,7 +77,7 @@ class Objects:
                     connect_timeout=patience.connect_timeout_s,
                     read_timeout=patience.read_timeout_s,
                     retries={"mode": "standard", "total_max_attempts": patience.attempts},
-                    max_pool_connections=settings.connections + 4,
+                    max_pool_connections=2 * settings.connections + 4,  # sending, fetching, and small requests
                     s3={"addressing_style": "path"} if settings.endpoint else {},
                 ),
             )
@@ -143,8 +144,11 @@ class Objects:
         raise AssertionError("unreachable")
 
     def stream(self, name: str, etag: str, start_bytes: int, size_bytes: int) -> Iterator[memoryview]:
-        """A range of an object in pieces; it ends early, or with an S3Error, where the connection does."""
-        with self._said(f"read {name}"):
+        """A range of an object in pieces; it ends early, or with an S3Error, where the connection does.
+
+        No more than s3.connections of them are open at once, however many objects are read.
+        """
+        with self._streams, self._said(f"read {name}"):
             answer = self._client.get_object(
                 Bucket=self._bucket,
                 Key=self.root + name,

@@ -164,7 +164,7 @@ class Uploader:
         if not self._pending and self._behind_since is not None:
             seconds = time.monotonic() - self._behind_since
             self._behind_since = None
-            detail = f"S3 has everything again after {seconds:.0f} s"
+            detail = f"S3: the bucket has caught up after {seconds:.0f} s"
             step, generation = self._job.last_done[1], self._job.last_done[0]
             self._say(UploadEventKind.CAUGHT_UP, step, generation, seconds, detail)
         return 0.0 if more else self._job.wait_s(self.poll_interval_s)
@@ -179,7 +179,7 @@ class Uploader:
         if self._behind_since is None:
             self._behind_since = time.monotonic()
             generation, step = max(job.left, default=(-1, -1))
-            detail = f"training goes on without S3, which will be caught up with: {why}"
+            detail = f"the bucket is behind, training goes on: {why}"
             self._say(UploadEventKind.BEHIND, step, generation, 0.0, detail)
         return self._backoff.pause_s(self._failures, random.random())
 

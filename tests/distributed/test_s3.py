@@ -87,7 +87,7 @@ def test_the_server_refuses_bytes_that_are_not_those_of_the_checksum(s3: S3Serve
 def test_a_server_without_crc64_verifies_sha256(s3: S3Server, s3_proxy: FaultProxy, tmp_path: Path) -> None:
     """Where CRC64NVME is not known, parts and manifests are verified by SHA-256."""
     bucket = make_bucket(s3, s3_proxy.endpoint)
-    manifest = write_snapshot(tmp_path, 10, size_bytes=SIZE)
+    manifest = write_snapshot(tmp_path, 10, world_size=1, size_bytes=SIZE)
     lacking = Fault(FaultKind.ANSWER, status=501, methods=("PUT", "POST"), header="crc64nvme")
     with s3_proxy.inject(lacking) as injected:
         send(bucket, tmp_path, manifest)
@@ -166,6 +166,19 @@ def test_a_download_that_cannot_be_had_leaves_no_file(s3: S3Server, s3_proxy: Fa
     with pytest.raises(S3Error, match="S3 cannot read step-10/g1-rank00000"):
         through.fetch(10, 1, shard, into)
     assert not into.exists()
+
+
+def test_refused_connections_are_an_error_and_pass(s3: S3Server, s3_proxy: FaultProxy, tmp_path: Path) -> None:
+    """The same client goes on as soon as somebody listens again."""
+    through = make_bucket(s3, s3_proxy.endpoint)
+    manifest = write_snapshot(tmp_path, 10)
+    send(through, tmp_path, manifest)
+    s3_proxy.down()
+    with pytest.raises(S3Error, match="nobody answers"):
+        commit(through, tmp_path, manifest)
+    s3_proxy.up()
+    assert commit(through, tmp_path, manifest)
+    assert problems(through, 10) == []
 
 
 def test_a_flipped_byte_is_noticed(s3: S3Server, s3_proxy: FaultProxy, tmp_path: Path) -> None:
