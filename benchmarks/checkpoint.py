@@ -64,7 +64,7 @@ def main() -> None:
     if not options.no_wait:
         wait_for_quiet()
     here, taken_at, began_s = machine(), now(), time.monotonic()
-    ranks = QUICK_RANKS if options.quick else RANKS
+    ranks = tuple(options.ranks or (QUICK_RANKS if options.quick else RANKS))
     sizes = [size for size in (QUICK if options.quick else FULL) if not options.sizes or size.gb in options.sizes]
     words: list[str] = []
     cases = []
@@ -112,6 +112,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="0.1 GB on 2 ranks, to see that all runs; not recorded")
     parser.add_argument("--sizes", type=float, nargs="+", help="only these sizes, in GB")
+    parser.add_argument("--ranks", type=int, nargs="+", help="only these numbers of ranks")
     parser.add_argument("--sides", nargs="+", help="only these sides, and the limits")
     parser.add_argument("--into", help="folder of the record, instead of benchmarks/results")
     parser.add_argument("--no-wait", action="store_true", help="do not wait for a quiet machine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import time
@@ -135,7 +136,7 @@ class Everstep:
     def send_to_s3(self, step: int) -> None:
         """What an agent's uploader does: shard by shard, and the manifest last. Rank 0 does it, the others wait."""
         if dist.get_rank() == 0:
-            manifest, bucket = disk.read_manifest(self.run, step), self._bucket()
+            manifest, bucket = disk.read_manifest(self.run, step), self.bucket
             folder = disk.step_dir(self.run, step)
             for shard in manifest.shards:
                 bucket.upload(folder / shard.file, step, shard.file, checksum=shard.checksum)
@@ -151,7 +152,7 @@ class Everstep:
 
     def load_from_s3(self, step: int) -> None:
         """Every rank fetches its shard into the run directory, and loads from there, verified like any other."""
-        bucket, folder = self._bucket(), disk.step_dir(self.run, step)
+        bucket, folder = self.bucket, disk.step_dir(self.run, step)
         data = bucket.manifest(step)
         shard = decode_document(data, Manifest, MANIFEST_NAME).shards[dist.get_rank()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,9 +175,13 @@ class Everstep:
         if any(problems):
             raise RuntimeError("; ".join(filter(None, problems)))
 
-    def _bucket(self) -> Bucket:
+    @functools.cached_property
+    def bucket(self) -> Bucket:
+        """The bucket, connected: importing boto3 is nobody's restore."""
         os.environ.update(self.places.environment)
-        return Bucket(S3Config(bucket=self.places.bucket, endpoint=self.places.endpoint), "benchmark")
+        found = Bucket(S3Config(bucket=self.places.bucket, endpoint=self.places.endpoint), "benchmark")
+        found.committed()
+        return found
 
     def _own_slots(self) -> list[Path]:
         paths = {path: parse_segment_name(path.name) for path in segment_paths(self.ram)}

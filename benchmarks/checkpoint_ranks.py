@@ -212,6 +212,7 @@ def _restore(saver: Saver, step: int, state: State, work: Work, figures: Figures
     measure("disk", cold, saver.load)
     if isinstance(saver, Everstep):
         if work.places.bucket:
+            assert saver.bucket.name
             figures.timed("s3_durable_s", lambda: saver.send_to_s3(step))
             measure("s3", saver.lose_run_directory, saver.load_from_s3)
         saver.leave_newest_slot(step)
