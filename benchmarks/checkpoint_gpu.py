@@ -15,35 +15,22 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 
+from benchmarks.checkpoint_gpu_parts import GIB, Device, Failed, Model, State
 from benchmarks.common import Workspace, console, show, workspace
 from benchmarks.results import Result, Series, Unit, machine, now, ratio, series, settings, versions, write_result
 from checkpointing.manager import SnapshotManager
 from checkpointing.segment import PersistTo
 
-GIB = 2**30
-STATE_BYTES_PER_PARAMETER = 12
 SLOTS, FEWEST_SLOTS = 3, 2
 REPEATS, STEPS = 5, 8
 SPARE_DEVICE_BYTES, SPARE_HOST_BYTES = 4 * GIB, 4 * GIB
 BUS_PIECE_BYTES = 2 * GIB
 LEAST_STEP_S = 0.5
-
-
-class Model(NamedTuple):
-    """So many parameters: fp32 weights and both moments of AdamW."""
-
-    name: str
-    parameters: int
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the whole state."""
-        return self.parameters * STATE_BYTES_PER_PARAMETER
 
 
 MODELS = (Model("1B", 10**9), Model("3B", 3 * 10**9), Model("8B", 8 * 10**9))
@@ -60,85 +47,6 @@ NOTES = (
     "staging, in part because copies and products share the memory of the card.",
     "what was loaded back from the slot is compared with the state by bit sums on the device.",
 )
-
-
-class Failed(Exception):
-    """A part of the program failed; the message says which, and how."""
-
-
-class State:
-    """Live tensors on a device."""
-
-    def __init__(self, model: Model, device: torch.device) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        side = 4096 if model.parameters >= 10**8 else 256
-        for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            left, number = model.parameters, 0
-            while left >= side * side:
-                self.tensors[f"{kind}.{number}"] = torch.randn(side, side, device=device)
-                self.tensors[f"{kind}.{number}.norm"] = torch.randn(side, device=device)
-                left, number = left - side * side - side, number + 1
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all of them."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `checkpointing.flatten.Stateful`."""
-        return dict(self.tensors)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """They were filled in place."""
-
-    def update(self) -> None:
-        """What an optimizer does: every element is written."""
-        torch._foreach_add_(list(self.tensors.values()), 1e-3)
-
-    def bit_sums(self) -> list[int]:
-        """One number for each tensor's bits."""
-        return [int(tensor.view(torch.int32).sum(dtype=torch.int64).item()) for tensor in self.tensors.values()]
-
-
-class Device:
-    """Where it runs: a CUDA device, or in a rehearsal the CPU, on which nothing has to be waited for."""
-
-    def __init__(self, rehearse: bool) -> None:
-        self.cuda = not rehearse
-        self.torch = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
-
-    def wait(self) -> None:
-        """Until all that was given to it is done."""
-        if self.cuda:
-            torch.cuda.synchronize(self.torch)
-
-    def free_bytes(self) -> int:
-        """Of its own memory."""
-        return torch.cuda.mem_get_info(self.torch)[0] if self.cuda else psutil.virtual_memory().available
-
-    def words(self) -> str:
-        """What it is."""
-        if not self.cuda:
-            return "CPU (rehearsal)"
-        found = torch.cuda.get_device_properties(self.torch)
-        return (
-            f"{found.name}, {found.total_memory / GIB:.0f} GiB, sm{found.major}{found.minor}, CUDA {torch.version.cuda}"
-        )
-
-    def pinned(self, size_bytes: int) -> torch.Tensor:
-        """Host memory that CUDA has page-locked."""
-        found = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self.cuda)
-        if self.cuda and not found.is_pinned():
-            raise Failed("torch.empty(pin_memory=True) gave memory that is not page-locked")
-        return found
-
-    def timed(self, call: Callable[[], object]) -> float:
-        """Seconds from an idle device to an idle device."""
-        self.wait()
-        began_s = time.monotonic()
-        call()
-        self.wait()
-        return time.monotonic() - began_s
 
 
 def main() -> None:
