@@ -36,6 +36,8 @@ _PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", 
 _OFF = ("iam=false", "master.telemetry=false", "s3.autoCreateBucket=false", "s3.port.iceberg=0", "s3.port.lance=0")
 _SINGLE = ("master.peers=none", "master.electionTimeout=1s", "master.heartbeatInterval=100ms")
 _POLL_S = 0.05
+# The server ends with this process, however that ends: nobody else holds the other end of the shell's input.
+_TIED = '"$@" & server=$!; read -r _; kill -9 "$server"'
 
 
 class S3Server:
@@ -118,8 +120,8 @@ class S3Server:
         command += [f"-{name}={port}" for name, port in self._ports.items()]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
+                ["sh", "-c", _TIED, "sh", *command],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
@@ -141,6 +143,8 @@ class S3Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
 
     def close(self) -> None:
         """Stop, and remove all data."""
