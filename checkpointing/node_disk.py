@@ -70,14 +70,14 @@ class NodeDisk:
 
     def held(self) -> list[HeldShard]:
         """Every shard whose sidecar is valid and whose every byte verifies, read now."""
-        found = [(ref, self._whole(ref)) for ref in self._refs()]
+        found = [(ref, self._whole(ref)) for ref in self.refs()]
         return [held_shard(control, Tier.NODE) for _, control in found if control is not None]
 
     def find(self, ref: ShardRef) -> Located | None:
         """Where a shard is, if there is one. Whoever reads it verifies it."""
         path = self._path(ref)
         with contextlib.suppress(OSError, SnapshotDamagedError):
-            return Located(path, 0, self._control(ref))
+            return Located(path, 0, self.control(ref))
         return None
 
     def fetch(self, step: int, generation: int, shard: Shard, into: Path) -> None:
@@ -92,7 +92,7 @@ class NodeDisk:
     def _remove_older(self, rank: int, keep: int, counts: Callable[[ShardRef], bool]) -> None:
         """Remove a rank's shards that are older than the `keep` newest which count."""
         found = 0
-        for ref in sorted((ref for ref in self._refs() if ref.rank == rank), reverse=True):
+        for ref in sorted((ref for ref in self.refs() if ref.rank == rank), reverse=True):
             if found >= keep:
                 self._remove(ref)
             elif counts(ref):
@@ -115,14 +115,14 @@ class NodeDisk:
 
     def _whole(self, ref: ShardRef) -> Control | None:
         with contextlib.suppress(OSError, SnapshotDamagedError):
-            control = self._control(ref)
+            control = self.control(ref)
             with _opened(self._path(ref)) as fd:
                 if os.fstat(fd).st_size == control.size_bytes:
                     found = checksum_range(fd, 0, control.size_bytes)
                     return control if found == control.checksum else None
         return None
 
-    def _control(self, ref: ShardRef) -> Control:
+    def control(self, ref: ShardRef) -> Control:
         """What a slot's control block would say of a shard here. OSError, SnapshotDamagedError if that is not known."""
         path = self._path(ref)
         name = f"{path.parent.name}/{path.name}"
@@ -145,7 +145,7 @@ class NodeDisk:
     def _path(self, ref: ShardRef) -> Path:
         return self.dir / step_dir_name(ref.step) / shard_file_name(ref.generation, ref.rank)
 
-    def _refs(self) -> list[ShardRef]:
+    def refs(self) -> list[ShardRef]:
         """Every shard of which there is any file, in order of age."""
         refs = set()
         for name in _names(self.dir):

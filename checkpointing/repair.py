@@ -93,11 +93,14 @@ class Scratch:
 
 
 class Repairer:
-    """Repairs shards of one run directory from `sources`, near ones first."""
+    """Repairs shards of one run directory from `sources`, near ones first.
+
+    scratch: for what the run directory does not take; None: it must.
+    """
 
     def __init__(
-        self, run_dir: Path, sources: Sequence[ShardSource], scratch: Scratch, repaired: Callable[[Repair], None],
-        progress: Progress,
+        self, run_dir: Path, sources: Sequence[ShardSource], scratch: Scratch | None,
+        repaired: Callable[[Repair], None], progress: Progress,
     ) -> None:  # fmt: skip
         self.run_dir = run_dir
         self.sources = sources
@@ -120,24 +123,27 @@ class Repairer:
             return path
         problems = [problem]
         for source in self.sources:
+            failure = ""
             for folder in self._folders(manifest.step, in_place and not self.elsewhere):
                 try:
                     found = self._fetch(source, manifest, shard, folder())
                 except (SourceError, SnapshotDamagedError) as error:
-                    problems.append(f"{source.name}: {error}")
+                    failure = str(error)
                     break
-                except OSError as error:
-                    problems.append(f"{source.name}: {words(error)}")
+                except OSError as error:  # the folder's, most likely: another may take it
+                    failure = words(error)
                     continue
                 self.elsewhere = self.elsewhere or found != path
                 self._tell(manifest, shard, source, problem, found == path)
                 return found
+            problems.append(f"{source.name}: {failure}")
         remove_mark(path.parent, manifest.generation, shard.rank)
         raise SnapshotDamagedError("; ".join(problems))
 
     def _folders(self, step: int, in_place: bool) -> list[Callable[[], Path]]:
         """Where to put a file: in the run directory, and in scratch if that takes none."""
-        scratch = [lambda: self.scratch.folder(step)]
+        kept = self.scratch
+        scratch = [] if kept is None else [lambda: kept.folder(step)]
         return [lambda: _made(disk.step_dir(self.run_dir, step)), *scratch] if in_place else scratch
 
     def _fetch(self, source: ShardSource, manifest: Manifest, shard: Shard, folder: Path) -> Path:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from tyro.conf import Positional, subcommand
 
+from cluster.cli_checkpoint import Checkpoint, Import, run_checkpoint
 from configs.load import ConfigError
 from trainer.exits import ExitCode
 
@@ -70,28 +71,6 @@ class Logs:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointLs:
-    """List a run's snapshots on disk."""
-
-    run: Positional[str]
-    """Name of the run, or its folder."""
-    dir: str = "runs"
-    """Where runs are kept."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointVerify:
-    """Verify every byte of a run's snapshots; exit 1 if one is damaged."""
-
-    run: Positional[str]
-    """Name of the run, or its folder."""
-    step: int = -1
-    """Only this step."""
-    dir: str = "runs"
-    """Where runs are kept."""
-
-
-@dataclasses.dataclass(frozen=True)
 class DataPrepare:
     """Turn text into training data: tokenizer.json and corpus.bin/.idx."""
 
@@ -111,13 +90,6 @@ class DataShow:
 
     corpus: Positional[Path] = Path("data/default/corpus")
     """Prefix of the .bin and .idx files."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """Look after a run's snapshots."""
-
-    command: Annotated[CheckpointLs, subcommand("ls")] | Annotated[CheckpointVerify, subcommand("verify")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +126,12 @@ def dispatch(arguments: Sequence[str]) -> int:
     )
     command = parsed.command if isinstance(parsed, (Checkpoint, Data)) else parsed
     errors = Console(stderr=True, soft_wrap=True)
-    if overrides and not isinstance(command, (Run, Config)):
+    if overrides and not isinstance(command, (Run, Config, Import)):
         errors.print(f"[bold red]error:[/] unknown option {escape(overrides[0])}; `everstep --help` lists them")
         return ExitCode.BAD_INPUT
     try:
+        if isinstance(parsed, Checkpoint):
+            return run_checkpoint(command, overrides)
         return _COMMANDS[type(command)](command, overrides)
     except ConfigError as error:
         for line in str(error).splitlines():
@@ -274,39 +248,6 @@ def _logs(command: Logs, _overrides: Sequence[str]) -> int:
     return ExitCode.DONE
 
 
-def _checkpoint_ls(command: CheckpointLs, _overrides: Sequence[str]) -> int:
-    from rich.filesize import decimal
-    from rich.table import Table
-
-    from checkpointing.verify import list_snapshots
-    from cluster.rundir import find_run
-
-    table = Table("step", "generation", "ranks", "size", "when", box=None)
-    for info in list_snapshots(find_run(command.run, command.dir).path):
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info.t_wall_s)) if not info.problem else info.problem
-        table.add_row(str(info.step), str(info.generation), str(info.world_size), decimal(info.size_bytes or 0), when)
-    Console(soft_wrap=True).print(table)
-    return ExitCode.DONE
-
-
-def _checkpoint_verify(command: CheckpointVerify, _overrides: Sequence[str]) -> int:
-    from checkpointing.verify import list_snapshots, verify_snapshot
-    from cluster.rundir import find_run
-
-    run_dir = find_run(command.run, command.dir)
-    known = [info.step for info in list_snapshots(run_dir.path)]
-    if command.step >= 0 and command.step not in known:
-        raise ValueError(f"run {run_dir.path.name} has no snapshot of step {command.step}; it has {known or 'none'}")
-    console, damaged = Console(soft_wrap=True), 0
-    for step in known if command.step < 0 else [command.step]:
-        problems = verify_snapshot(run_dir.path, step)
-        damaged += bool(problems)
-        console.print(f"step {step}: {'[red]damaged[/]' if problems else 'whole'}", highlight=False)
-        for problem in problems:
-            console.print(f"  {problem}", highlight=False, markup=False)
-    return ExitCode.FAILED if damaged else ExitCode.DONE
-
-
 def _data_prepare(command: DataPrepare, _overrides: Sequence[str]) -> int:
     from rich.progress import Progress, SpinnerColumn, TextColumn
 
@@ -346,8 +287,6 @@ _COMMANDS: Mapping[type, Callable[[Any, Sequence[str]], int]] = {
     Config: _config,
     Status: _status,
     Logs: _logs,
-    CheckpointLs: _checkpoint_ls,
-    CheckpointVerify: _checkpoint_verify,
     DataPrepare: _data_prepare,
     DataShow: _data_show,
 }

@@ -1,0 +1,130 @@
+"""What a person does with snapshots: repair, pull, push, remove. It works beside a running job. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpointing import disk
+from checkpointing.candidates import read_candidate
+from checkpointing.layout import MANIFEST_NAME, Manifest, SnapshotDamagedError
+from checkpointing.repair import Progress, Repair, Repairer
+from checkpointing.retention import remove_snapshot
+from checkpointing.sources import ShardSource, SnapshotSource, SourceError
+from checkpointing.verify import list_snapshots, verify_snapshot
+
+if TYPE_CHECKING:
+    from checkpointing.s3 import Bucket
+
+
+def repair_snapshot(
+    run_dir: Path, step: int, sources: Sequence[ShardSource], far: SnapshotSource | None,
+    repaired: Callable[[Repair], None], progress: Callable[[int, int], None],
+) -> list[str]:  # fmt: skip
+    """Read every byte of a snapshot of the run directory and fetch what is wrong; returns what stays wrong, in lines.
+
+    Its manifest can only come from `far`. repaired: hears of each shard that was fetched.
+    """
+    try:
+        data, manifest = read_candidate(run_dir, far, (disk.named_generation(run_dir, step), step))
+    except SnapshotDamagedError as error:
+        return [str(error)]
+    return _complete(run_dir, manifest, data, _with_far(sources, far), repaired, progress)
+
+
+def pull_snapshot(
+    run_dir: Path, step: int, far: SnapshotSource, sources: Sequence[ShardSource],
+    repaired: Callable[[Repair], None], progress: Callable[[int, int], None],
+) -> list[str]:  # fmt: skip
+    """Bring a snapshot of `far` into the run directory, every byte verified, its manifest last.
+
+    Returns what could not be had, in lines; then there is no manifest.
+
+    Raises:
+        ValueError: if the run directory has that step from a later generation.
+        SourceError: if `far` has no such snapshot or cannot be reached.
+    """
+    ages = [age for age in far.committed() if age[1] == step]
+    if not ages:
+        raise SourceError(f"{far.name} has no snapshot of step {step}; it has {_steps(far) or 'none'}")
+    here = disk.read_generation(run_dir, step)
+    if here > ages[0][0]:
+        raise ValueError(
+            f"the run directory has step {step} of generation {here}, {far.name} an older one, of {ages[0][0]}: "
+            "remove the newer one first if that is what you want"
+        )
+    try:
+        data, manifest = read_candidate(run_dir, far, ages[0])
+    except SnapshotDamagedError as error:
+        return [str(error)]
+    return _complete(run_dir, manifest, data, _with_far(sources, far), repaired, progress)
+
+
+def push_snapshot(run_dir: Path, step: int, bucket: Bucket, progress: Callable[[int, int], None]) -> int:
+    """Send a snapshot of the run directory to a bucket, its manifest last; returns the bytes that had to be sent.
+
+    Raises:
+        SnapshotDamagedError: if it is damaged here: nothing of a damaged snapshot is committed.
+        ValueError: if the bucket has something newer in its place.
+        SourceError: if the bucket cannot be reached.
+    """
+    data = _manifest_bytes(run_dir, step)
+    manifest = disk.read_manifest(run_dir, step)
+    count = Progress(progress)
+    for shard in manifest.shards:
+        count.expect(shard.size_bytes)
+    sent_bytes = 0
+    for shard in manifest.shards:
+        path = disk.step_dir(run_dir, step) / shard.file
+        if problem := disk.size_problem(run_dir, step, shard):
+            raise SnapshotDamagedError(problem)
+        sent_bytes += bucket.upload(path, step, shard.file, checksum=shard.checksum)
+        count.add(shard.size_bytes)
+    if refusal := bucket.refusal(manifest, data):
+        raise ValueError(str(refusal))
+    return sent_bytes
+
+
+def last_good_is_among(run_dir: Path, steps: Collection[int]) -> bool:
+    """Whether no snapshot that verifies would be left without these. Reads until it finds one."""
+    rest = [info.step for info in list_snapshots(run_dir) if info.step not in steps and not info.problem]
+    return not any(verify_snapshot(run_dir, step) == [] for step in rest)
+
+
+def remove_snapshots(run_dir: Path, steps: Collection[int]) -> None:
+    """Remove snapshots from the run directory, each manifest first. OSError if the file system refuses."""
+    for step in sorted(steps):
+        remove_snapshot(run_dir, step)
+
+
+def _complete(
+    run_dir: Path, manifest: Manifest, data: bytes, sources: Sequence[ShardSource],
+    repaired: Callable[[Repair], None], progress: Callable[[int, int], None],
+) -> list[str]:  # fmt: skip
+    repairer = Repairer(run_dir, sources, None, repaired, Progress(progress))
+    problems = []
+    for shard in manifest.shards:
+        try:
+            repairer.make_whole(manifest, shard)
+        except SnapshotDamagedError as error:
+            problems.append(str(error))
+    path = disk.step_dir(run_dir, manifest.step) / MANIFEST_NAME
+    if not problems and disk.read_generation(run_dir, manifest.step) != manifest.generation:
+        disk.write_atomic(path, data)
+    return problems
+
+
+def _manifest_bytes(run_dir: Path, step: int) -> bytes:
+    try:
+        return (disk.step_dir(run_dir, step) / MANIFEST_NAME).read_bytes()
+    except OSError as error:
+        raise SnapshotDamagedError(f"step {step}: {error.strerror or error}") from error
+
+
+def _with_far(sources: Sequence[ShardSource], far: SnapshotSource | None) -> list[ShardSource]:
+    return [*sources, *(() if far is None else (far,))]
+
+
+def _steps(far: SnapshotSource) -> str:
+    return ", ".join(str(step) for _, step in far.committed())
