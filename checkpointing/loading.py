@@ -315,6 +315,7 @@ def _read_slot(slot: SlotViews, layout: str) -> ShardMeta:
     name, control = slot.segment.path.name, slot.segment.control
     if control is None or control.layout != layout:
         raise SnapshotDamagedError(f"{name}: is of another layout")
+    slot.segment.populate()
     data = slot.segment.data[: control.size_bytes]
     if (found := checksum(data)) != control.checksum:
         raise SnapshotDamagedError(f"{name}: checksum {found}, should be {control.checksum}")

@@ -69,6 +69,7 @@ class SnapshotManager:
         self._copier = Copier(self._flat.tensors, self._plan, volatile)
         for slot in range(self.slots):
             self._slots.append(self._open(slot))
+            self._thread.submit(self._slots[-1].segment.populate)
 
     def stage(self, step: int, persist: PersistTo, scalars: Mapping[str, Json]) -> None:
         """Begin to copy the state as it is now; wait() must return before a tensor of it may change.

@@ -45,6 +45,7 @@ from checkpointing.storeevents import StoreEvent, StoreEventKind
 __all__ = ["NodeStore", "StoreEvent", "StoreEventKind"]
 
 _VERIFY_THREADS = 8
+_PERSIST_THREADS = 4
 
 
 class _Awaited(msgspec.Struct, frozen=True):
@@ -98,14 +99,12 @@ class NodeStore:
         return bool(self._awaited or slots_to_persist(self.ram_dir) or self.readback.pending())
 
     def persist_pending(self) -> list[StoreEvent]:
-        """Persist every slot that waits for it, oldest snapshot first. Never raises OSError: it is an event."""
-        events = []
-        for path in slots_to_persist(self.ram_dir):
-            with contextlib.suppress(FileNotFoundError), opened(path) as fd:
-                state, control = read_control(fd)
-                if state is SlotState.TO_PERSIST:
-                    events += self._persist_slot(fd, control)
-        return events
+        """Persist every slot that waits for it, several at a time. Never raises OSError: it is an event."""
+        waiting = slots_to_persist(self.ram_dir)
+        if not waiting:
+            return []
+        with ThreadPoolExecutor(min(len(waiting), _PERSIST_THREADS), thread_name_prefix="persist") as pool:
+            return [event for events in pool.map(self._persist_path, waiting) for event in events]
 
     def commit_pending(self) -> list[StoreEvent]:
         """Write the manifest of every snapshot of which this node persisted rank 0 and all shards have arrived."""
@@ -136,6 +135,13 @@ class NodeStore:
         """Remove every slot of this node from shared memory. Nothing else in the folder is touched."""
         for path in segment_paths(self.ram_dir, with_unfinished=True):
             path.unlink(missing_ok=True)
+
+    def _persist_path(self, path: Path) -> list[StoreEvent]:
+        with contextlib.suppress(FileNotFoundError), opened(path) as fd:
+            state, control = read_control(fd)
+            if state is SlotState.TO_PERSIST:
+                return self._persist_slot(fd, control)
+        return []
 
     def _persist_slot(self, fd: int, control: Control | None) -> list[StoreEvent]:
         if control is None:
