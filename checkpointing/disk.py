@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,9 @@ from checkpointing.layout import (
     step_dir_name,
 )
 
+PULLING_NAME = "pulling"
+_PULL_S = 6 * 3600.0
+
 
 def checkpoints_dir(run_dir: Path) -> Path:
     """Folder of all persisted snapshots."""
@@ -27,6 +32,28 @@ def checkpoints_dir(run_dir: Path) -> Path:
 def step_dir(run_dir: Path, step: int) -> Path:
     """Folder of one step's snapshot."""
     return checkpoints_dir(run_dir) / step_dir_name(step)
+
+
+def begin_pull(folder: Path) -> None:
+    """Say that a step's folder is being filled from elsewhere: without a manifest it would pass for a leftover.
+
+    OSError if the disk refuses.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PULLING_NAME).touch()
+
+
+def end_pull(folder: Path) -> None:
+    """Say that it is not, any more, as far as the disk lets us: it is believed for some hours only."""
+    with contextlib.suppress(OSError):
+        (folder / PULLING_NAME).unlink(missing_ok=True)
+
+
+def is_being_pulled(folder: Path) -> bool:
+    """Whether somebody has said so, and not too long ago."""
+    with contextlib.suppress(OSError):
+        return time.time() - (folder / PULLING_NAME).stat().st_mtime < _PULL_S
+    return False
 
 
 def sync_dir(path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +20,13 @@ from checkpointing.candidates import NoSnapshotError, list_candidates, read_cand
 from checkpointing.checksum import checksum
 from checkpointing.flatten import FlatState, Stateful, rebuild
 from checkpointing.layout import (
-    MANIFEST_NAME,
     Manifest,
     ShardMeta,
     SnapshotDamagedError,
 )
 from checkpointing.repair import Progress, Repair, Repairer, Scratch
 from checkpointing.restore import DiskCandidate, decode_values, plan_candidate
+from checkpointing.retention import commit_pulled
 from checkpointing.segment import SlotState
 from checkpointing.shardfile import header_size_bytes, parse_header
 from checkpointing.shardwriter import words
@@ -239,10 +239,6 @@ class Loader:
     def _load_candidate(self, manifest: Manifest, scratch: Scratch) -> _Found | None:
         """Load this one, repaired if need be; None, on every rank, if some rank cannot."""
         target, ranks = self.target, self.ranks
-        far = () if self.places.far is None else (self.places.far,)
-        sources = (*self.places.sources, *far)
-        progress = Progress(self.reports.progress)
-        repairer = Repairer(self.places.run_dir, sources, scratch, self.reports.repaired, progress)
         candidate: DiskCandidate | None = None
         try:
             candidate = plan_candidate(manifest, target.flat.tensors, target.leaf_names, ranks.rank, ranks.world_size)
@@ -251,6 +247,30 @@ class Loader:
         if not ranks.agree(candidate is not None):
             return None
         assert candidate is not None
+        folder = disk.step_dir(self.places.run_dir, manifest.step)
+        if ranks.rank == 0 and self._is_news(manifest):
+            with suppress(OSError):  # a run directory that takes no file takes no shard either
+                disk.begin_pull(folder)
+        try:
+            whole = self._all_whole(manifest, candidate, scratch)
+        finally:
+            if ranks.rank == 0:
+                disk.end_pull(folder)
+        if whole is None:
+            return None
+        with torch.no_grad():
+            candidate.copy_into(target.flat.tensors, whole)
+        self._give_back(candidate.leaf)
+        return _Found((manifest.generation, manifest.step), "disk", candidate.scalars)
+
+    def _all_whole(self, manifest: Manifest, candidate: DiskCandidate, scratch: Scratch) -> dict[int, Path] | None:
+        """Verified files of all shards that this rank needs, by number; None, on every rank, if some rank lacks one."""
+        ranks = self.ranks
+        far = () if self.places.far is None else (self.places.far,)
+        repairer = Repairer(
+            self.places.run_dir, (*self.places.sources, *far), scratch, self.reports.repaired,
+            Progress(self.reports.progress),
+        )  # fmt: skip
         # Each rank looks after a part of the files, needed by it or not: all are then whole for whoever needs them.
         share = range(ranks.rank, len(manifest.shards), ranks.world_size)
         whole = self._paths(manifest, share, {}, repairer, in_place=True)
@@ -261,13 +281,9 @@ class Loader:
         whole = self._paths(manifest, candidate.files, whole, repairer, in_place=False)
         if not ranks.agree(whole is not None):
             return None
-        assert whole is not None
-        if in_place and ranks.rank == 0:
-            self._write_manifest(manifest)
-        with torch.no_grad():
-            candidate.copy_into(target.flat.tensors, whole)
-        self._give_back(candidate.leaf)
-        return _Found((manifest.generation, manifest.step), "disk", candidate.scalars)
+        if in_place and ranks.rank == 0 and self._is_news(manifest):
+            self._commit(manifest)
+        return whole
 
     def _paths(
         self, manifest: Manifest, numbers: Sequence[int], known: Mapping[int, Path], repairer: Repairer, in_place: bool
@@ -283,17 +299,17 @@ class Loader:
             return None
         return found
 
-    def _write_manifest(self, manifest: Manifest) -> None:
-        """Commit what came from the bucket in the run directory, unless something newer is committed there."""
-        if disk.read_generation(self.places.run_dir, manifest.step) >= manifest.generation:
-            return
-        path = disk.step_dir(self.places.run_dir, manifest.step) / MANIFEST_NAME
+    def _commit(self, manifest: Manifest) -> None:
+        """Commit what came from the bucket in the run directory, too."""
         try:
-            disk.write_atomic(path, self._manifest)
+            commit_pulled(self.places.run_dir, manifest, self._manifest)
         except OSError as error:
-            self.reports.trouble(
-                f"step {manifest.step} is loaded, but not committed in the run directory: {words(error)}"
-            )
+            detail = f"step {manifest.step} is loaded, but not committed in the run directory: {words(error)}"
+            self.reports.trouble(detail)
+
+    def _is_news(self, manifest: Manifest) -> bool:
+        """Whether the run directory has neither this snapshot nor a newer one of its step."""
+        return disk.read_generation(self.places.run_dir, manifest.step) < manifest.generation
 
     def _none_left(self, tried: int, rejected: int) -> str:
         reason = f" ({self._rejections[0].reason})" if self._rejections else ""

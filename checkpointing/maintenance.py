@@ -10,7 +10,7 @@ from checkpointing import disk
 from checkpointing.candidates import read_candidate
 from checkpointing.layout import MANIFEST_NAME, Manifest, SnapshotDamagedError
 from checkpointing.repair import Progress, Repair, Repairer
-from checkpointing.retention import remove_snapshot
+from checkpointing.retention import commit_pulled, remove_snapshot
 from checkpointing.sources import ShardSource, SnapshotSource, SourceError
 from checkpointing.verify import list_snapshots, verify_snapshot
 
@@ -102,16 +102,22 @@ def _complete(
     run_dir: Path, manifest: Manifest, data: bytes, sources: Sequence[ShardSource],
     repaired: Callable[[Repair], None], progress: Callable[[int, int], None],
 ) -> list[str]:  # fmt: skip
+    folder = disk.step_dir(run_dir, manifest.step)
+    committed = disk.read_generation(run_dir, manifest.step) == manifest.generation
+    if not committed:
+        disk.begin_pull(folder)
     repairer = Repairer(run_dir, sources, None, repaired, Progress(progress))
     problems = []
-    for shard in manifest.shards:
-        try:
-            repairer.make_whole(manifest, shard)
-        except SnapshotDamagedError as error:
-            problems.append(str(error))
-    path = disk.step_dir(run_dir, manifest.step) / MANIFEST_NAME
-    if not problems and disk.read_generation(run_dir, manifest.step) != manifest.generation:
-        disk.write_atomic(path, data)
+    try:
+        for shard in manifest.shards:
+            try:
+                repairer.make_whole(manifest, shard)
+            except SnapshotDamagedError as error:
+                problems.append(str(error))
+        if not problems and not committed:
+            commit_pulled(run_dir, manifest, data)
+    finally:
+        disk.end_pull(folder)
     return problems
 
 

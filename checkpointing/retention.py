@@ -66,6 +66,8 @@ class Retention:
         if info is not None:
             return _age(info) < recent[-1] or (_age(info) < recent[0] and self._marked(info))
         folder = disk.step_dir(self.run_dir, step)
+        if disk.is_being_pulled(folder):
+            return False
         generation = disk.newest_generation(folder)
         if (folder / MANIFEST_NAME).is_file():  # damaged: a person may want it while it is newer than what is kept
             return (generation, step) < recent[-1]
@@ -116,6 +118,14 @@ def remove_snapshot(run_dir: Path, step: int) -> None:
     shutil.rmtree(folder)
 
 
+def commit_pulled(run_dir: Path, manifest: Manifest, data: bytes) -> None:
+    """Put the manifest (`data`) of a snapshot whose shards were fetched in place. OSError if the disk refuses."""
+    folder = disk.step_dir(run_dir, manifest.step)
+    disk.write_atomic(folder / MANIFEST_NAME, data)
+    disk.end_pull(folder)
+    remove_superseded(run_dir, manifest.step, manifest.generation)
+
+
 def remove_superseded(run_dir: Path, step: int, generation: int) -> None:
     """Remove files of earlier generations from a folder whose manifest has just been replaced."""
     for path in disk.step_dir(run_dir, step).iterdir():
@@ -132,7 +142,7 @@ def remove_uncommitted_shards(run_dir: Path, rank: int, before: tuple[int, int],
     waiting: dict[tuple[int, int], list[Path]] = {}
     for step in disk.all_steps(run_dir):
         folder = disk.step_dir(run_dir, step)
-        if (folder / MANIFEST_NAME).exists():
+        if (folder / MANIFEST_NAME).exists() or disk.is_being_pulled(folder):
             continue
         for path in folder.iterdir():
             named = parse_shard_name(path.name)

@@ -16,6 +16,7 @@ import pytest
 from checkpointing import disk
 from checkpointing.candidates import any_snapshot
 from checkpointing.layout import MANIFEST_NAME, Shard
+from checkpointing.maintenance import pull_snapshot
 from checkpointing.manager import LoadedSnapshot, NoSnapshotError
 from checkpointing.node_disk import NodeDisk
 from checkpointing.repair import Repair
@@ -148,6 +149,26 @@ def test_a_snapshot_that_only_the_bucket_has_is_pulled_manifest_last(tmp_path: P
     name = f"checkpoints/step-20/{MANIFEST_NAME}"
     assert (run.run_dir / name).read_bytes() == (tmp_path / "backup" / name).read_bytes()
     assert [(s.step, s.verified) for s in list_snapshots(run.run_dir)] == [(20, True)]
+
+
+def test_what_is_being_pulled_is_no_leftover(tmp_path: Path, run: OneRank) -> None:
+    """The node's agent writes and tidies meanwhile; shards without a manifest would pass for something abandoned."""
+    shutil.rmtree(run.run_dir / "checkpoints/step-10")
+    later = OneRank(tmp_path, seed=3, generation=2)
+
+    class Busy(RunSource):
+        def fetch(self, step: int, generation: int, shard: Shard, into: Path) -> None:
+            super().fetch(step, generation, shard, into)
+            for step in (30, 40, 50):
+                later.persist(step)
+
+    shutil.rmtree(tmp_path / "backup/checkpoints/step-20")
+    repairs: list[Repair] = []
+    assert pull_snapshot(run.run_dir, 10, Busy(tmp_path / "backup"), [], repairs.append, lambda a, b: None) == []
+    assert verify_snapshot(run.run_dir, 10) == []
+    assert not (run.run_dir / "checkpoints/step-10" / disk.PULLING_NAME).exists()
+    later.persist(60)
+    assert disk.committed_steps(run.run_dir) == [60, 50], "once it is there it is kept like any other"
 
 
 def test_a_snapshot_of_the_bucket_that_cannot_be_had_leaves_no_manifest(tmp_path: Path, run: OneRank) -> None:
