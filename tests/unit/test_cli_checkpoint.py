@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -192,3 +194,27 @@ def test_the_commands_answer_while_a_shard_is_missing_its_folder(run: OneRank) -
     shutil.rmtree(disk.step_dir(run.run_dir, 20))
     for command in ("ls", "verify", "repair"):
         assert dispatch(["checkpoint", command, "run"]) == 0
+
+
+def test_what_only_looks_and_mends_loads_no_torch(run: OneRank, tmp_path: Path) -> None:
+    damage(shard(run, 20))
+    code = (
+        "import sys; from cluster.cli import dispatch; "
+        "assert [dispatch(['checkpoint', c, 'run']) for c in ('ls', 'verify', 'repair', 'verify')] == [0, 1, 0, 0]; "
+        "heavy = {'torch', 'torchtitan', 'megatron', 'numpy', 'boto3'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_exports_and_imports_that_cannot_be_say_why(
+    run: OneRank, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The snapshots here are of no model at all; an import brings nothing into being if it fails."""
+    for kind in ("hf", "dcp"):
+        assert dispatch(["checkpoint", "export", "run", "--format", kind, "--output", "out"]) == 1
+        assert "step 20" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        assert dispatch(["checkpoint", "import", "nothing", "debug_dense", "--format", kind, "--run.name", "new"]) == 2
+        assert "nothing" in capsys.readouterr().err
+    assert not (tmp_path / "runs/new/config.toml").exists()
