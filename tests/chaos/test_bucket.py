@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 
+from cluster.events import WorkersReported
 from configs.schema import S3Config
 from tests.chaos.conftest import MakeJob
+from tests.chaos.jobs import Job
 from tests.s3server import S3Server
 
 pytestmark = pytest.mark.chaos
@@ -17,6 +19,11 @@ def in_bucket(server: S3Server, name: str) -> tuple[str, ...]:
     """Settings of a job whose snapshots also go to a bucket of its own."""
     bucket = server.create_bucket()
     return ("--s3.bucket", bucket, "--s3.endpoint", server.endpoint, "--s3.interval_steps", "3", "--s3.part_mb", "5")
+
+
+def facts(job: Job) -> list[str]:
+    """Kinds of all facts in the journal."""
+    return [event.fact.kind.value for event in job.events() if isinstance(event, WorkersReported)]
 
 
 def test_a_lost_run_directory_is_brought_back_from_the_bucket(make_job: MakeJob, s3: S3Server) -> None:
@@ -44,12 +51,12 @@ def test_an_outage_stops_no_step_and_is_caught_up_with(make_job: MakeJob, s3: S3
     job.wait_for_step(2)
     s3.stop()
     try:
-        job.wait_until(lambda: "training goes on without S3" in job.said(), "the outage")
+        job.wait_until(lambda: "tier_behind" in facts(job), "the outage")
         seen = max(record.step for record in job.steps())
         job.wait_for_step(seen + 4)
     finally:
         s3.start()
     assert job.finish() == 0, job.said()
-    assert "S3 has everything again" in job.said()
+    assert "tier_caught_up" in facts(job)
     bucket = Bucket(S3Config(bucket=settings[1], endpoint=s3.endpoint), "outage")
     assert bucket.committed()[0][1] == 24
