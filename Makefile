@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PACKAGES := configs parallelism checkpointing trainer health cluster
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint unit distributed chaos-short chaos data install constraints clean \
+.PHONY: demo test lint unit distributed chaos-short chaos chaos-checkpoint data install constraints clean \
 	bench-recovery bench-checkpoint bench-checkpoint-gpu bench-overhead
 
 install: $(VENV)/.installed
@@ -41,6 +41,10 @@ chaos-short: install
 # Everything that CI runs, in one pytest run so that its last line counts all.
 test: lint
 	$(BIN)/pytest tests -m "not long"
+
+# Snapshots under 200 random faults. CI does a sample of them; EVERSTEP_CHAOS_SEED repeats one.
+chaos-checkpoint: install
+	EVERSTEP_FAULTS=$${EVERSTEP_FAULTS:-200} $(BIN)/pytest tests/chaos/test_checkpoint_faults.py -s --timeout 7200
 
 # The long ones too: every fault on every layout.
 chaos: install

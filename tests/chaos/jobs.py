@@ -31,6 +31,7 @@ class Job:
         self.name = name
         self.arguments = ["run", config, "--run.name", name, "--telemetry.wandb", "off", *overrides]
         self.output = home / f"{name}.out"
+        self.environment: dict[str, str] = {}
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -47,7 +48,7 @@ class Job:
                 stdout=out,
                 stderr=out,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **self.environment},
             )
         return self
 

@@ -1,0 +1,234 @@
+"""The faults themselves: each is drawn by the dice, done to a job under siege, and waited out."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpointing import disk
+from tests.chaos.damage import (
+    damage_file,
+    damage_segment,
+    good_snapshots,
+    noticed_in_run,
+    noticed_on_node,
+    paused,
+    shard_files,
+    snapshot_files,
+)
+from tests.chaos.instants import Slot
+from tests.chaos.siege import Siege
+from tests.chaos.storage import FailingDisk, Volume
+from trainer.events import Phase
+
+_TARGETS = (*["worker"] * 5, *["node"] * 2, *["supervisor"] * 2, "everything")
+_HOW = ("flipped", "flipped", "truncated", "removed")
+_PARTS = ("body", "body", "header", "control block")
+
+
+@dataclass(frozen=True)
+class Disks:
+    """What a job's snapshots are written to. node_root: this run's folder on the nodes' own disk."""
+
+    run: Volume
+    node: Volume
+    node_root: Path
+    failing: FailingDisk
+
+
+class Besieger:
+    """Does faults to one job."""
+
+    def __init__(self, siege: Siege, disks: Disks) -> None:
+        self.siege = siege
+        self.disks = disks
+        self.dice: random.Random = siege.dice
+
+    def fault(self) -> None:
+        """One random fault, until the run has recovered from it, and all that must hold has been checked."""
+        siege = self.siege
+        siege.remember_good()
+        kinds: Sequence[Callable[[], None]] = (self.kill, self.kill_twice, self.damage, self.outage)
+        self.dice.choices(kinds, weights=(4, 2, 5, 3))[0]()
+        siege.check()
+
+    # Kills --------------------------------------------------------------------------------------------------------
+
+    def kill(self, target: str | None = None) -> None:
+        """Kill somebody at a random instant of what goes on with snapshots."""
+        siege = self.siege
+        strike = siege.aim(target or self.dice.choice(_TARGETS))
+        instants = siege.instants
+        looks: dict[str, Callable[[], bool] | None] = {
+            "staging": instants.staging,
+            "replicating": instants.replicating,
+            "handing over to the disk": instants.persisting,
+            "writing a shard": instants.writing,
+            "committing": instants.committing,
+            "reading back": instants.verifying,
+            "pruning": instants.pruning,
+            "anything": None,
+        }
+        instant = self.dice.choice(list(looks))
+        mark = siege.mark()
+        siege.tell(siege.strike(strike, instant, looks[instant]))
+        siege.await_step(mark, strike.restarts)
+        siege.await_supervisor()
+
+    def kill_twice(self) -> None:
+        """Kill somebody, and somebody else while the run comes back from that."""
+        siege, instants = self.siege, self.siege.instants
+        first = siege.aim(self.dice.choice([*["worker"] * 4, *["node"] * 2, "everything"]))
+        mark = siege.mark()
+        siege.tell(siege.strike(first, "anything", None))
+        first_done = siege.generation()
+        looks: dict[str, Callable[[], bool]] = {
+            "planning": lambda: siege.generation() > mark.generation,
+            "gathering": instants.gathering,
+            "building": lambda: instants.in_phase(Phase.BUILDING, first_done),
+            "loading": lambda: instants.in_phase(Phase.LOADING, first_done),
+        }
+        instant = self.dice.choice(list(looks))
+        siege.wait(looks[instant], instant, timeout_s=60.0) if instant != "gathering" else None
+        second = siege.aim(self.dice.choice(["worker", "worker", "node", "supervisor"]))
+        siege.tell(siege.strike(second, instant, looks[instant]))
+        siege.await_step(mark, True)
+        siege.await_supervisor()
+
+    # Damage -------------------------------------------------------------------------------------------------------
+
+    def damage(self) -> None:
+        """Damage something that lies somewhere, and most of the time have it needed."""
+        siege = self.siege
+        places: Sequence[Callable[[], str]] = (
+            self._damage_slot, self._damage_copy, self._damage_run, self._damage_run, self._damage_node_disk,
+        )  # fmt: skip
+        mark = siege.mark()
+        words = ""
+        while not words and not siege.done:
+            words = self.dice.choice(places)()
+            siege.tend()
+        siege.tell(words)
+        if self.dice.random() < 0.7:
+            strike = siege.aim(self.dice.choice([*["worker"] * 4, *["node"] * 2, "everything"]))
+            siege.tell(f"  then {siege.strike(strike, 'anything', None)}")
+            siege.await_step(mark, strike.restarts)
+        else:
+            siege.await_step(mark, False)
+        siege.await_supervisor()
+
+    def _damage_slot(self) -> str:
+        """A bit of one of a rank's own snapshots in memory, the newest more often than an older one."""
+        slots = [slot for slot in self.siege.instants.slots() if slot.whole and slot.node in self.siege.members()]
+        if not slots:
+            return ""
+        slot = self._pick(slots)
+        control = slot.whole
+        assert control is not None
+        pid = self.siege.process_of(slot.node, control.rank)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), paused(pid):
+            return damage_segment(slot, control, self.dice.choice(_PARTS), self.dice)
+        return ""
+
+    def _damage_copy(self) -> str:
+        """A bit of a copy in a peer's memory."""
+        copies = [slot for slot in self.siege.instants.copies() if slot.whole]
+        if not copies:
+            return ""
+        copy = self._pick(copies)
+        control = copy.whole
+        assert control is not None
+        agent = self.siege.agent_of(copy.node)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), paused(agent):
+            return damage_segment(copy, control, self.dice.choice(_PARTS), self.dice)
+        return ""
+
+    def _pick(self, slots: Sequence[Slot]) -> Slot:
+        newest_first = sorted(slots, key=lambda slot: slot.whole.age if slot.whole else (-1, -1), reverse=True)
+        return self.dice.choice(newest_first[:4] if self.dice.random() < 0.6 else newest_first)
+
+    def _damage_run(self) -> str:
+        """A shard or the manifest of a snapshot in the run directory; another good one stays."""
+        siege = self.siege
+        good = good_snapshots(siege.job.run_dir)
+        if len(good) < 2:
+            return ""
+        step = self.dice.choice(sorted(good))
+        try:
+            path = self.dice.choice(snapshot_files(siege.job.run_dir, step, self.dice.choice(["manifest", "shards"])))
+        except ValueError:
+            return ""  # retention was faster
+        done = damage_file(path, self.dice.choice(_HOW), self.dice, noticed_in_run(siege.job.run_dir, path))
+        if done is None:
+            return ""
+        siege.damages.append(done)
+        siege.destroyed.add(good[step])
+        siege.lower_floor()
+        return f"{done.what} in the run directory"
+
+    def _damage_node_disk(self) -> str:
+        """A shard or its sidecar on a node's own disk."""
+        node_dir = self.disks.node_root / self.dice.choice(self.siege.members())
+        files = shard_files(node_dir)
+        if not files:
+            return ""
+        path = self.dice.choice(files)
+        done = damage_file(path, self.dice.choice(_HOW), self.dice, noticed_on_node(node_dir, path))
+        if done is None:
+            return ""
+        self.siege.damages.append(done)
+        return f"{done.what} on a node's disk"
+
+    # Outages ------------------------------------------------------------------------------------------------------
+
+    def outage(self) -> None:
+        """A disk is full, fails or takes nothing for some steps; sometimes somebody is killed meanwhile."""
+        siege = self.siege
+        volume, where = self.dice.choice([(self.disks.run, "the run directory"), (self.disks.node, "the nodes' disk")])
+        kind = self.dice.choice(["full", "read-only", "write", "fsync", "read", "any"])
+        mark = siege.mark()
+        before = siege.floor
+        if not self._begin_outage(kind, volume):
+            return
+        siege.tell(f"{where}: {kind}")
+        length = self.dice.randint(1, 5)
+        if self.dice.random() < 0.4 and kind not in ("read", "any"):
+            threading.Event().wait(self.dice.random())
+            strike = siege.aim(self.dice.choice(["worker", "node", "supervisor"]))
+            siege.tell(f"  {siege.strike(strike, 'anything', None)}")
+            siege.await_step(mark, strike.restarts)
+        siege.wait(lambda: siege.mark().step >= mark.step + length, f"{length} steps more")
+        siege.lift()
+        siege.tell("  all is well again")
+        siege.wait(
+            lambda: max(disk.committed_ages(siege.job.run_dir), default=(-1, -1)) > before, "a snapshot after it"
+        )
+        siege.await_supervisor()
+
+    def _begin_outage(self, kind: str, volume: Volume) -> bool:
+        siege = self.siege
+
+        def lift() -> None:
+            siege.lift, siege.unreadable = lambda: None, False
+            self.disks.failing.heal()
+            volume.heal()
+
+        siege.lift = lift
+        if kind == "full":
+            volume.fill()
+            with contextlib.suppress(OSError):
+                (volume.path / "ballast").open("r+b").truncate(self.dice.randrange(volume.size_bytes // 2))
+            return True
+        if kind == "read-only":
+            if not volume.read_only():
+                lift()
+                return False
+            return True
+        operations = ("read", "write", "fsync") if kind == "any" else (kind,)
+        siege.unreadable = "read" in operations
+        self.disks.failing.fail(volume.path, operations, self.dice.choice([30, 100]))
+        return True
