@@ -127,7 +127,8 @@ class AgentLink(threading.Thread):
 
     def wake(self) -> None:
         """Report now."""
-        with self._wake_lock:
+        # Without room, enough wakes wait already; without a peer, the thread has ended.
+        with self._wake_lock, contextlib.suppress(zmq.Again):
             if not self._wake_in.closed:
                 self._wake_in.send(b"", zmq.NOBLOCK)
 

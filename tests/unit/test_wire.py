@@ -123,3 +123,14 @@ def test_keys_are_the_owners_alone(tmp_path: Path) -> None:
     path.chmod(0o644)
     with pytest.raises(ValueError, match="chmod 600"):
         read_keys(path)
+
+
+def test_a_wake_that_nobody_can_take_is_no_error(keys: JobKeys) -> None:
+    """Promise: an agent's threads may wake the link before it runs, ever so often, and while it ends."""
+    link = link_to(None, keys, [])
+    link.wake()
+    link.start()
+    for _ in range(5000):
+        link.wake()
+    link.stop()
+    link.wake()
