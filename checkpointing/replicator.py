@@ -31,6 +31,7 @@ from checkpointing.transfer_client import TransferClient, TransferError
 
 _POLL_S = 0.002
 _RETRY_S = 1.0
+_BEHIND_S = 3.0
 _THREADS = 8
 
 
@@ -63,6 +64,7 @@ class Replicator:
         self._sent: dict[int, tuple[tuple[int, int], tuple[str, ...]]] = {}
         self._behind = False
         self._retry_at_s = 0.0
+        self._failing_since_s = 0.0
         self._stop = threading.Event()
         self._local = threading.local()
         self._clients: list[TransferClient] = []
@@ -70,7 +72,8 @@ class Replicator:
 
     def send_to(self, addresses: Sequence[str]) -> None:
         """Who keeps the copies from now on; the newest snapshot is sent to whoever is new."""
-        self._targets = tuple(addresses)
+        if tuple(addresses) != self._targets:
+            self._targets, self._retry_at_s = tuple(addresses), 0.0
 
     def start(self) -> None:
         """Begin."""
@@ -86,8 +89,12 @@ class Replicator:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="replicate") as pool:
             while not self._stop.wait(_POLL_S):
                 due = [work for work in self._newest() if self._is_due(*work)]
-                if due:
-                    self._say(list(pool.map(lambda work: self._send(*work), due)))
+                if time.monotonic() < self._retry_at_s:
+                    for work in due:
+                        self._let_go(*work)
+                elif due:
+                    events = pool.map(lambda work: self._send(*work), due)
+                    self._say([event for event in events if event is not None])
         for client in self._clients:
             client.close()
 
@@ -108,38 +115,56 @@ class Replicator:
     def _is_due(self, local_rank: int, path: Path, control: Control) -> bool:
         if not self._targets or (self.interval_steps and control.step % self.interval_steps):
             return False
-        if self._behind and time.monotonic() < self._retry_at_s:
-            return False
         return self._sent.get(local_rank) != (control.age, self._targets)
 
-    def _send(self, local_rank: int, path: Path, control: Control) -> CopyEvent:
-        """One shard to all who keep it. If one cannot take it, nobody waits for that any more; it is tried again."""
-        targets, problem = self._targets, ""
+    def _let_go(self, _local_rank: int, path: Path, control: Control) -> None:
+        """Have nobody wait for copies that are not even tried now."""
+        with contextlib.suppress(FileNotFoundError), _opened(path) as fd:
+            write_settled(fd, control.age)
+
+    def _send(self, local_rank: int, path: Path, control: Control) -> CopyEvent | None:
+        """One shard to all who keep it; None if it was overtaken by a newer one, which says nothing about the peers.
+
+        If one peer cannot take it the others still get it, nobody waits for that one, and it is tried again.
+        """
+        targets, problems = self._targets, []
         with contextlib.suppress(FileNotFoundError), _opened(path) as fd:
             write_held(fd, True)
             try:
                 for address in targets:
-                    self._client().push(address, Located(path=path, start_bytes=CONTROL_BYTES, control=control))
-            except TransferError as error:
-                problem = str(error)
+                    problems += self._push(address, path, control)
             finally:
                 write_held(fd, False)
-            overtaken = _control(path) != control
-            if not overtaken:
-                write_settled(fd, control.age)
-                if not problem:
-                    self._sent[local_rank] = (control.age, targets)
-            elif problem:
-                problem = f"snapshots are made faster than they can be sent ({problem})"
+            if _control(path) != control:
+                return None
+            write_settled(fd, control.age)
+            if not problems:
+                self._sent[local_rank] = (control.age, targets)
         return CopyEvent(
-            behind=bool(problem), step=control.step, generation=control.generation, rank=control.rank, detail=problem
-        )
+            behind=bool(problems), step=control.step, generation=control.generation, rank=control.rank,
+            detail="; ".join(problems),
+        )  # fmt: skip
+
+    def _push(self, address: str, path: Path, control: Control) -> list[str]:
+        try:
+            self._client().push(address, Located(path=path, start_bytes=CONTROL_BYTES, control=control))
+        except TransferError as error:
+            return [str(error)]
+        return []
 
     def _say(self, events: Sequence[CopyEvent]) -> None:
+        if not events:
+            return
         event = next((each for each in events if each.behind), events[-1])
+        now = time.monotonic()
         if event.behind:
-            self._retry_at_s = time.monotonic() + _RETRY_S
-        if event.behind != self._behind:
+            self._retry_at_s = now + _RETRY_S
+            self._failing_since_s = self._failing_since_s or now
+        else:
+            self._failing_since_s = 0.0
+        # A peer that has just died is news of its own; only if nobody takes its place is this worth saying.
+        worth_saying = not event.behind or now - self._failing_since_s >= _BEHIND_S
+        if event.behind != self._behind and worth_saying:
             self._behind = event.behind
             self.report(event)
 
