@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import torch
 
+from checkpointing.checksum import CHUNK_BYTES
 from checkpointing.flatten import LocalTensor
 from checkpointing.layout import Manifest, Shard, SnapshotDamagedError, step_dir_name
 from checkpointing.reshard import NotCoveredError, Read, plan_reads
@@ -41,7 +42,7 @@ class DiskCandidate:
         return msgspec.json.decode(next(holders))
 
     def copy_into(self, tensors: Sequence[LocalTensor], paths: Mapping[int, Path]) -> None:
-        """Fill the live tensors from verified files, by their numbers. No more than one stored slice is in memory.
+        """Fill the live tensors from verified files, by their numbers. Beside them some rows of one file are in memory.
 
         OSError if the file system fails after all: the state is then worthless.
         """
@@ -75,7 +76,7 @@ def decode_values(values: dict[str, msgspec.Raw]) -> dict[str, Any]:
 
 
 def copy_box(fd: int, shard: Shard, read: Read, local: LocalTensor) -> None:
-    """Read the rows of a stored slice that the box touches, and put the box where it belongs."""
+    """Read the rows of a stored slice that the box touches, some at a time, and put the box where it belongs."""
     part, box, target = read.part, read.box, local.tensor
     if not part.sizes:
         target.copy_(_read_rows(fd, shard.data_start_bytes + part.start_bytes, torch.empty_like(target, device="cpu")))
@@ -90,10 +91,12 @@ def copy_box(fd: int, shard: Shard, read: Read, local: LocalTensor) -> None:
     if whole_rows and window.is_contiguous() and window.device.type == "cpu":
         _read_rows(fd, start, window)
         return
-    rows = _read_rows(fd, start, torch.empty((box.sizes[0], *part.sizes[1:]), dtype=target.dtype))
-    for dim in range(1, len(box.sizes)):
-        rows = rows.narrow(dim, box.offsets[dim] - part.offsets[dim], box.sizes[dim])
-    window.copy_(rows)
+    buffer = torch.empty((min(box.sizes[0], max(1, CHUNK_BYTES // row_bytes)), *part.sizes[1:]), dtype=target.dtype)
+    for done in range(0, box.sizes[0], len(buffer)):
+        rows = _read_rows(fd, start + done * row_bytes, buffer[: box.sizes[0] - done])
+        for dim in range(1, len(box.sizes)):
+            rows = rows.narrow(dim, box.offsets[dim] - part.offsets[dim], box.sizes[dim])
+        window[done : done + len(rows)].copy_(rows)
 
 
 def _read_rows(fd: int, start_bytes: int, into: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,7 +123,9 @@ def load_measured(world: World, folder: str, rows: int, columns: int) -> int:
     mesh = init_device_mesh("cpu", (world.world_size,))
     state = distribute_tensor(torch.ones(rows, columns), mesh, [Shard(1)])
     manager = manager_of(world, state, Path(folder), 2)
+    manager._thread.submit(lambda: None).result()  # the slots, which are there anyway, are mapped by now
     _agree(True)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of building the state, is forgotten
     before = _peak_bytes()
     assert manager.load(-1, _agree, _broadcast) is not None
     after = _peak_bytes()
@@ -136,7 +136,8 @@ def load_measured(world: World, folder: str, rows: int, columns: int) -> int:
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def test_loading_takes_no_more_than_the_shard_and_one_stored_slice(tmp_path: Path) -> None:
@@ -145,4 +146,4 @@ def test_loading_takes_no_more_than_the_shard_and_one_stored_slice(tmp_path: Pat
     run_ranks(8, save, str(tmp_path), [10], rows, columns)
     slice_bytes = rows * columns * 4 // 8
     rises = run_ranks(2, load_measured, str(tmp_path), rows, columns)
-    assert max(rises) < slice_bytes + 24 * MIB, rises
+    assert MIB < max(rises) < slice_bytes + 8 * MIB, rises
