@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpointing import disk
+from tests.chaos.bucket import OUTAGES, sensors
 from tests.chaos.damage import (
     damage_file,
     damage_segment,
@@ -52,8 +54,8 @@ class Besieger:
         """One random fault, until the run has recovered from it, and all that must hold has been checked."""
         siege = self.siege
         siege.remember_good()
-        kinds: Sequence[Callable[[], None]] = (self.kill, self.kill_twice, self.damage, self.outage)
-        self.dice.choices(kinds, weights=(4, 2, 5, 3))[0]()
+        kinds = (self.kill, self.kill_twice, self.damage, self.outage, self.bucket_outage)
+        self.dice.choices(kinds, weights=(4, 2, 5, 3, 2))[0]()
         siege.check()
 
     # Kills --------------------------------------------------------------------------------------------------------
@@ -73,9 +75,13 @@ class Besieger:
             "pruning": instants.pruning,
             "anything": None,
         }
-        instant = self.dice.choice(list(looks))
+        instant = self.dice.choice([*looks, *sensors()])
         mark = siege.mark()
-        siege.tell(siege.strike(strike, instant, looks[instant]))
+        if instant in looks:
+            siege.tell(siege.strike(strike, instant, looks[instant]))
+        else:
+            with siege.bucket.seen(instant) as look:
+                siege.tell(siege.strike(strike, instant, look))
         siege.await_step(mark, strike.restarts)
         siege.await_supervisor()
 
@@ -106,6 +112,7 @@ class Besieger:
         siege = self.siege
         places: Sequence[Callable[[], str]] = (
             self._damage_slot, self._damage_copy, self._damage_run, self._damage_run, self._damage_node_disk,
+            self._damage_bucket, self._lose_run,
         )  # fmt: skip
         mark = siege.mark()
         words = ""
@@ -183,6 +190,26 @@ class Besieger:
         self.siege.damages.append(done)
         return f"{done.what} on a node's disk"
 
+    def _damage_bucket(self) -> str:
+        """An object of a snapshot in the bucket; another good one stays."""
+        siege = self.siege
+        done = siege.bucket.damage()
+        if done is None:
+            return ""
+        good = [age for age in siege.bucket.good() if age != done[1]]
+        siege.bucket_floor = min(siege.bucket_floor, max(good, default=(-1, -1)))
+        return done[0]
+
+    def _lose_run(self) -> str:
+        """All snapshots of the run directory, where the bucket has one."""
+        siege = self.siege
+        if siege.bucket.newest_good((0, 0)) < (0, 0):
+            return ""
+        for step in disk.all_steps(siege.job.run_dir):
+            shutil.rmtree(disk.step_dir(siege.job.run_dir, step), ignore_errors=True)
+        siege.floor = (-1, -1)
+        return "all snapshots of the run directory removed"
+
     # Outages ------------------------------------------------------------------------------------------------------
 
     def outage(self) -> None:
@@ -206,6 +233,33 @@ class Besieger:
         siege.tell("  all is well again")
         siege.wait(
             lambda: max(disk.committed_ages(siege.job.run_dir), default=(-1, -1)) > before, "a snapshot after it"
+        )
+        siege.await_supervisor()
+
+    def bucket_outage(self) -> None:
+        """S3 answers with errors, slowly, in parts, or not at all; sometimes somebody is killed meanwhile."""
+        siege = self.siege
+        how = self.dice.choice(OUTAGES)
+        mark = siege.mark()
+        before = siege.bucket_floor
+
+        def lift() -> None:
+            siege.lift = lambda: None
+            siege.bucket.heal()
+
+        siege.lift = lift
+        siege.bucket.fail(how)
+        siege.tell(f"S3: {how}")
+        length = self.dice.randint(2, 8)
+        if self.dice.random() < 0.4:
+            strike = siege.aim(self.dice.choice(["worker", "worker", "node", "supervisor"]))
+            siege.tell(f"  {siege.strike(strike, 'anything', None)}")
+            siege.await_step(mark, strike.restarts)
+        siege.wait(lambda: siege.mark().step >= mark.step + length, f"{length} steps more")
+        siege.lift()
+        siege.tell("  S3 is well again")
+        siege.wait(
+            lambda: max(siege.bucket.committed(), default=(-1, -1)) > before, "a snapshot in the bucket after it"
         )
         siege.await_supervisor()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from cluster.events import GenerationPlanned
 from cluster.rundir import RunDir
 from tests.chaos import faults
+from tests.chaos.bucket import BesiegedBucket
 from tests.chaos.damage import Age, Damage, good_snapshots
 from tests.chaos.instants import Instants, wait_for
 from tests.chaos.jobs import Job
@@ -64,10 +65,12 @@ def row_of(record: StepRecord) -> Row:
 class Siege:
     """One job. lift: ends what is wrong for a while, if anything is. unreadable: whether disks cannot be read now."""
 
-    def __init__(self, job: Job, dice: random.Random, reference: Reference) -> None:
+    def __init__(self, job: Job, dice: random.Random, reference: Reference, bucket: BesiegedBucket) -> None:
         self.job = job
         self.dice = dice
         self.reference = reference
+        self.bucket = bucket
+        self.bucket_floor: Age = (-1, -1)
         self.done = False
         self.lift: Callable[[], None] = _nothing
         self.unreadable = False
@@ -217,6 +220,10 @@ class Siege:
         )
         self.floor = newest
         self.check_state(newest)
+        newest = self.bucket.newest_good(self.bucket_floor)
+        floor = self.bucket_floor
+        assert newest >= floor, f"the newest good snapshot in the bucket is {newest}; {floor} was there, undamaged"
+        self.bucket_floor = newest
 
     def check_rows(self) -> None:
         """To the last bit: a step from a wrong state has another loss or gradient."""
@@ -258,6 +265,7 @@ class Siege:
         self.check()
         assert self.newest_good()[1] == steps
         assert self.job.weights(steps) == self.reference.states[steps]
+        assert self.bucket_floor == self.floor, f"the bucket ends with {self.bucket_floor}, not {self.floor}"
         assert self.job.losses() == {step: row[0] for step, row in self.reference.rows.items() if step <= steps}
         assert self.job.samples() == {s: lines for s, lines in self.reference.samples.items() if s <= steps}
         self.check_damages()
