@@ -242,6 +242,9 @@ def _fact(state: JobState, fact: Fact) -> JobState:
         case FactKind.SNAPSHOT_COMMITTED:
             snapshots = tuple(sorted({*state.snapshots, fact.step}))[-KEPT_SNAPSHOTS:]
             return _replace(state, snapshots=snapshots, newest_step=max(state.newest_step, fact.step))
+        case FactKind.LOADED:
+            # What is beyond it could not be had, and will be made anew: nobody may wait for it, or count on it.
+            return _replace(state, snapshots=tuple(step for step in state.snapshots if step <= fact.step))
         case FactKind.SNAPSHOT_DISTRUSTED:
             snapshots = tuple(step for step in state.snapshots if step != fact.step)
             return _replace(

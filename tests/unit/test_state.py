@@ -100,6 +100,13 @@ def test_the_newest_snapshot_is_one_that_was_not_rejected() -> None:
     assert replay([]).newest_snapshot == -1
 
 
+def test_snapshots_beyond_the_one_loaded_count_no_more() -> None:
+    """A run directory that was lost, and a bucket that was older: memory's later steps must not look old beside it."""
+    facts = [stories.fact(FactKind.SNAPSHOT_COMMITTED, 1, step, 1.0) for step in (10, 20)]
+    assert replay([*facts, stories.fact(FactKind.LOADED, 2, 10, 2.0)]).newest_snapshot == 10
+    assert replay([*facts, stories.fact(FactKind.LOADED, 2, 24, 2.0)]).newest_snapshot == 20
+
+
 @settings(max_examples=30, deadline=None)
 @given(EVENTS, st.integers(0, 10_000))
 def test_a_journal_cut_anywhere_keeps_its_whole_lines_and_goes_on(
