@@ -7,6 +7,7 @@ body's very bytes, so that a cut or altered document is noticed before a word of
 from __future__ import annotations
 
 import enum
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -18,8 +19,17 @@ from checkpointing.checksum import checksum
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
-_SHARD_NAME = re.compile(r"g(\d+)-rank(\d+)\.(safetensors|json|verified)(\.\d+)?(\.tmp)?")
-_STEP_NAME = re.compile(r"step-(\d+)")
+# Numbers as they are written here and nothing else: a step of two folders would be two snapshots, and one that fits no
+# 64 bits could not be agreed upon.
+_NUMBER = r"0|[1-9][0-9]{0,17}"
+_SHARD_NAME = re.compile(
+    rf"g({_NUMBER})-rank([0-9]{{5}}|[1-9][0-9]{{5,17}})\.(safetensors|json|verified)(\.[0-9]+)?(\.tmp)?"
+)
+_STEP_NAME = re.compile(rf"step-({_NUMBER})")
+_ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
@@ -122,6 +132,10 @@ class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     body: msgspec.Raw
 
 
+class _Versioned(msgspec.Struct, frozen=True):
+    version: int
+
+
 _Document = TypeVar("_Document", ShardMeta, Manifest)
 
 
@@ -137,11 +151,12 @@ def decode_document(data: bytes, kind: type[_Document], file: str) -> _Document:
         envelope = msgspec.json.decode(data, type=_Envelope)
         if checksum(bytes(envelope.body)) != envelope.checksum:
             raise SnapshotDamagedError(f"{file}: checksum of its contents does not match")
+        version = msgspec.json.decode(envelope.body, type=_Versioned).version
+        if version != VERSION:
+            raise SnapshotDamagedError(f"{file}: format version {version}, this release of everstep reads {VERSION}")
         document = msgspec.json.decode(envelope.body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SnapshotDamagedError(f"{file}: cut off or garbled ({error})") from error
-    if document.version != VERSION:
-        raise SnapshotDamagedError(f"{file}: format version {document.version}, this release reads {VERSION}")
     _check_contents(document, file)
     return document
 
@@ -153,7 +168,8 @@ def _check_contents(document: ShardMeta | Manifest, file: str) -> None:
             raise SnapshotDamagedError(f"{file}: names a file that is not a shard's: {shard.file!r}")
         for part in shard.tensors:
             _check_slice(part, shard, file)
-    if isinstance(document, Manifest) and [s.rank for s in shards] != list(range(document.world_size)):
+    listed = [shard.rank for shard in shards] == list(range(len(shards)))
+    if isinstance(document, Manifest) and not (listed and len(shards) == document.world_size > 0):
         raise SnapshotDamagedError(f"{file}: does not list one shard for each of {document.world_size} ranks")
 
 
@@ -163,7 +179,12 @@ def _check_slice(part: TensorSlice, shard: Shard, file: str) -> None:
         offset >= 0 and size >= 0 and (size == 0 or offset + size <= whole)
         for offset, size, whole in zip(part.offsets, part.sizes, part.global_shape, strict=True)
     )
-    if not inside or not 0 <= part.start_bytes <= part.end_bytes <= shard.size_bytes - shard.data_start_bytes:
+    fits = 0 <= part.start_bytes <= part.end_bytes <= shard.size_bytes - shard.data_start_bytes <= shard.size_bytes
+    if part.dtype not in _ITEM_BYTES:
+        raise SnapshotDamagedError(f"{file}: {part.name} in {shard.file} has the unknown dtype {part.dtype!r}")
+    # Its size too: what it claims is allocated before it is read.
+    size_bytes = _ITEM_BYTES[part.dtype] * math.prod(part.sizes)
+    if not inside or not fits or part.end_bytes - part.start_bytes != size_bytes:
         raise SnapshotDamagedError(f"{file}: impossible slice of {part.name} in {shard.file}")
 
 

@@ -81,6 +81,10 @@ def test_a_manifest_with_a_changed_byte_is_noticed_or_means_the_same(position: i
         ({"tensors": (TensorSlice("w", "F32", (8, 4), (4, 0), (4,), 0, 64),)}, "impossible slice of w"),
         ({"tensors": (TensorSlice("w", "F32", (8, 4), (4, 0), (4, 4), 900, 964),)}, "impossible slice of w"),
         ({"tensors": (TensorSlice("w", "F32", (8, 4), (-1, 0), (4, 4), 0, 64),)}, "impossible slice of w"),
+        ({"tensors": (TensorSlice("w", "F32", (8, 4), (4, 0), (4, 4), 0, 32),)}, "impossible slice of w"),
+        ({"tensors": (TensorSlice("w", "F32", (10**9, 10**9), (0, 0), (10**9, 10**9), 0, 64),)}, "impossible slice"),
+        ({"data_start_bytes": -64}, "impossible slice of w"),
+        ({"tensors": (TensorSlice("w", "F4_X", (8, 4), (4, 0), (4, 4), 0, 64),)}, "w in .* unknown dtype 'F4_X'"),
     ],
 )
 def test_a_well_formed_document_that_cannot_be_true_is_refused(damage: dict[str, object], words: str) -> None:
@@ -94,10 +98,25 @@ def test_a_manifest_lists_every_rank_once() -> None:
             decode_document(encode_document(manifest(*shards)), Manifest, "m")
 
 
+@pytest.mark.parametrize("world_size", [0, -1, 10**15])
+def test_no_number_of_ranks_that_a_manifest_claims_takes_memory(world_size: int) -> None:
+    """Nor does a snapshot of no rank at all pass for one."""
+    lying = msgspec.structs.replace(manifest(), world_size=world_size)
+    with pytest.raises(SnapshotDamagedError, match="does not list one shard"):
+        decode_document(encode_document(lying), Manifest, "m")
+
+
 def test_another_format_version_is_named() -> None:
     newer = msgspec.structs.replace(manifest(shard(0), shard(1)), version=99)
     with pytest.raises(SnapshotDamagedError, match="format version 99"):
         decode_document(encode_document(newer), Manifest, "m")
+
+
+def test_another_format_version_is_named_whatever_its_fields() -> None:
+    body = b'{"version":2,"pieces":[]}'
+    data = b'{"checksum":"%s","body":%s}' % (checksum(body).encode(), body)
+    with pytest.raises(SnapshotDamagedError, match="m: format version 2, this release of everstep reads 1"):
+        decode_document(data, Manifest, "m")
 
 
 def test_names_of_other_files_are_no_shards() -> None:
@@ -107,6 +126,15 @@ def test_names_of_other_files_are_no_shards() -> None:
         assert parse_shard_name(name) is None
     assert parse_step_dir("step-120") == 120
     assert parse_step_dir("step--1") is None
+
+
+def test_a_step_has_one_name_and_fits_64_bits() -> None:
+    """Else one folder would be found under another's name, and ranks could not tell each other the step."""
+    for name in ("step-07", "step-\N{ARABIC-INDIC DIGIT SEVEN}", "step-" + "9" * 20, "step-7\n", "step-"):
+        assert parse_step_dir(name) is None
+    for name in ("g01-rank00000.json", "g1-rank0.json", "g1-rank000001.json", "g" + "9" * 20 + "-rank00000.json"):
+        assert parse_shard_name(name) is None
+    assert parse_shard_name(shard_file_name(10, 123_456)) == (10, 123_456)
 
 
 def _shard_bytes(tensors: dict[str, torch.Tensor]) -> tuple[bytes, ShardMeta]:
