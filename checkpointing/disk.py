@@ -90,12 +90,14 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def all_steps(run_dir: Path) -> list[int]:
-    """Every step that has a folder, committed or not, in falling order."""
+    """Every step that has a folder (or a link to one), committed or not, in falling order."""
+    folder = checkpoints_dir(run_dir)
     try:
-        names = os.listdir(checkpoints_dir(run_dir))
+        names = os.listdir(folder)
     except FileNotFoundError:
         return []
-    return sorted((step for step in map(parse_step_dir, names) if step is not None), reverse=True)
+    steps = (step for name in names if (step := parse_step_dir(name)) is not None and (folder / name).is_dir())
+    return sorted(steps, reverse=True)
 
 
 def committed_steps(run_dir: Path) -> list[int]:

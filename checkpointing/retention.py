@@ -7,6 +7,7 @@ a history that was given up, and may be damaged in ways that only reading them a
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from pathlib import Path
@@ -110,8 +111,14 @@ class Retention:
 
 
 def remove_snapshot(run_dir: Path, step: int) -> None:
-    """Remove a step's folder: its manifest first, so that a removal cut short leaves no snapshot behind."""
+    """Remove a step's folder: its manifest first, so that a removal cut short leaves no snapshot behind.
+
+    Of a folder that somebody has put elsewhere only the link goes. OSError if the file system refuses.
+    """
     folder = disk.step_dir(run_dir, step)
+    if folder.is_symlink():
+        folder.unlink()
+        return
     if (folder / MANIFEST_NAME).exists():
         (folder / MANIFEST_NAME).unlink()
         disk.sync_dir(folder)
@@ -144,10 +151,11 @@ def remove_uncommitted_shards(run_dir: Path, rank: int, before: tuple[int, int],
         folder = disk.step_dir(run_dir, step)
         if (folder / MANIFEST_NAME).exists() or disk.is_being_pulled(folder):
             continue
-        for path in folder.iterdir():
-            named = parse_shard_name(path.name)
-            if named is not None and named[1] == rank and (named[0], step) < before:
-                waiting.setdefault((named[0], step), []).append(path)
+        with contextlib.suppress(FileNotFoundError):  # another node's retention may be removing it just now
+            for path in folder.iterdir():
+                named = parse_shard_name(path.name)
+                if named is not None and named[1] == rank and (named[0], step) < before:
+                    waiting.setdefault((named[0], step), []).append(path)
     for age in sorted(waiting, reverse=True)[keep:]:
         for path in sorted(waiting[age]):  # the sidecar (.json) goes before its shard (.safetensors)
             path.unlink(missing_ok=True)

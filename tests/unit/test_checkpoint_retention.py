@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpointing import disk
-from checkpointing.layout import mark_name
-from checkpointing.retention import Keep, Retention
+from checkpointing.layout import MANIFEST_NAME, mark_name
+from checkpointing.retention import Keep, Retention, remove_uncommitted_shards
 from checkpointing.store import NodeStore, StoreEventKind
 from checkpointing.verify import list_snapshots, verify_snapshot
 from tests.checkpoint_helpers import OneRank, flip_byte
@@ -225,3 +228,54 @@ def test_a_read_back_that_the_disk_refuses_is_an_event(tmp_path: Path) -> None:
     assert event.kind is StoreEventKind.FAILED
     assert "\n" not in event.detail
     assert run.store.verify_pending() == [], "it is said once"
+
+
+def test_strange_names_among_the_snapshots_stop_nothing(tmp_path: Path) -> None:
+    """A file with a step's name, a step written another way: they stay, and the rest is persisted and tidied."""
+    run = OneRank(tmp_path, seed=1)
+    commit(run, 10)
+    folder = disk.checkpoints_dir(run.run_dir)
+    (folder / "step-5").write_text("a note")
+    (folder / "step-010").mkdir()
+    for step in (20, 30, 40):
+        commit(run, step)
+        assert run.store.verify_pending() == []
+    assert disk.committed_steps(run.run_dir) == [40, 30]
+    assert (folder / "step-5").is_file()
+    assert (folder / "step-010").is_dir()
+
+
+def test_of_a_snapshot_that_was_moved_away_only_the_link_goes(tmp_path: Path) -> None:
+    """Somebody keeps an old one elsewhere: it is not this run directory's to empty."""
+    run = OneRank(tmp_path, seed=1)
+    commit(run, 10)
+    kept = tmp_path / "archive"
+    disk.step_dir(run.run_dir, 10).rename(kept)
+    disk.step_dir(run.run_dir, 10).symlink_to(kept)
+    there = sorted(kept.iterdir())
+    for step in (20, 30, 40):
+        commit(run, step)
+        assert run.store.verify_pending() == []
+    assert disk.all_steps(run.run_dir) == [40, 30]
+    assert set(there) <= set(kept.iterdir())
+    assert (kept / MANIFEST_NAME).is_file()
+
+
+def test_a_folder_that_another_node_removes_meanwhile_keeps_no_shard_from_the_disk(tmp_path: Path) -> None:
+    """Retention runs on one node while all others persist: what is gone already is no failure."""
+    folder, done = disk.step_dir(tmp_path, 1), threading.Event()
+
+    def come_and_go() -> None:
+        while not done.is_set():
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.rmdir()
+
+    with ThreadPoolExecutor(1) as pool:
+        going = pool.submit(come_and_go)
+        try:
+            until = time.monotonic() + 0.7
+            while time.monotonic() < until:
+                remove_uncommitted_shards(tmp_path, rank=0, before=(1, 9), keep=1)
+        finally:
+            done.set()
+        going.result()
