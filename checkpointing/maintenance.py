@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpointing import disk
 from checkpointing.candidates import read_candidate
-from checkpointing.layout import MANIFEST_NAME, Manifest, SnapshotDamagedError
+from checkpointing.layout import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardMeta,
+    SnapshotDamagedError,
+    decode_document,
+    sidecar_name,
+)
 from checkpointing.repair import Progress, Repair, Repairer
 from checkpointing.retention import commit_pulled, remove_snapshot
 from checkpointing.sources import ShardSource, SnapshotSource, SourceError
@@ -24,10 +32,13 @@ def repair_snapshot(
 ) -> list[str]:  # fmt: skip
     """Read every byte of a snapshot of the run directory and fetch what is wrong; returns what stays wrong, in lines.
 
-    Its manifest can only come from `far`. repaired: hears of each shard that was fetched.
+    Its manifest can only come from `far`, and only if what is here of the snapshot agrees with it: nothing good is
+    replaced by another run's. repaired: hears of each shard that was fetched.
     """
     try:
         data, manifest = read_candidate(run_dir, far, (disk.named_generation(run_dir, step), step))
+        if far is not None and disk.read_generation(run_dir, step) < 0:
+            _check_same_history(run_dir, manifest, far.name)
     except SnapshotDamagedError as error:
         return [str(error)]
     return _complete(run_dir, manifest, data, _with_far(sources, far), repaired, progress)
@@ -94,7 +105,7 @@ def last_good_is_among(run_dir: Path, steps: Collection[int]) -> bool:
 
 def remove_snapshots(run_dir: Path, steps: Collection[int]) -> None:
     """Remove snapshots from the run directory, each manifest first. OSError if the file system refuses."""
-    for step in sorted(steps):
+    for step in sorted(set(steps)):
         remove_snapshot(run_dir, step)
 
 
@@ -119,6 +130,24 @@ def _complete(
     finally:
         disk.end_pull(folder)
     return problems
+
+
+def _check_same_history(run_dir: Path, manifest: Manifest, source: str) -> None:
+    """SnapshotDamagedError if a sidecar here is of another shard than a manifest from elsewhere lists."""
+    folder = disk.step_dir(run_dir, manifest.step)
+    for shard in manifest.shards:
+        sidecar = folder / sidecar_name(manifest.generation, shard.rank)
+        name = f"{folder.name}/{sidecar.name}"
+        with contextlib.suppress(OSError, SnapshotDamagedError):  # says nothing, then
+            known = decode_document(sidecar.read_bytes(), ShardMeta, name)
+            if known.shard != shard:
+                break
+    else:
+        return
+    raise SnapshotDamagedError(
+        f"{name}: {source} has another {shard.file} in its step {manifest.step}, as if it were of another run: name a "
+        "copy of this one, or move that folder away and pull"
+    )
 
 
 def _manifest_bytes(run_dir: Path, step: int) -> bytes:

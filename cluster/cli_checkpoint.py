@@ -12,6 +12,7 @@ from tyro.conf import Positional, subcommand
 
 from cluster.cli_snapshots import (
     bytes_bar,
+    check_step,
     chosen_steps,
     find_bucket,
     known_steps,
@@ -177,11 +178,14 @@ def _verify(command: Verify, _overrides: Sequence[str]) -> int:
 
 
 def _repair(command: RepairSnapshots, _overrides: Sequence[str]) -> int:
+    from checkpointing.disk import checkpoints_dir
     from checkpointing.maintenance import repair_snapshot
     from checkpointing.run_source import RunSource
     from cluster.rundir import find_run
 
     run_dir = find_run(command.run, command.dir)
+    if command.source is not None and not checkpoints_dir(command.source).is_dir():
+        raise ValueError(f"--source {command.source}: is no copy of a run directory, it has no folder checkpoints")
     copies = [] if command.source is None else [RunSource(command.source)]
     bucket = find_bucket(run_dir, command.s3, command.endpoint, must=False)
     far = bucket or (copies[0] if copies else None)
@@ -204,6 +208,7 @@ def _pull(command: Pull, _overrides: Sequence[str]) -> int:
     run_dir = find_run(command.run, command.dir)
     bucket = find_bucket(run_dir, command.s3, command.endpoint, must=True)
     assert bucket is not None
+    check_step(command.step)
     step = command.step if command.step >= 0 else newest_step(bucket.committed(), "S3")
     console = make_console()
     with bytes_bar(f"step {step}") as progress:
@@ -221,6 +226,7 @@ def _push(command: Push, _overrides: Sequence[str]) -> int:
     run_dir = find_run(command.run, command.dir)
     bucket = find_bucket(run_dir, command.s3, command.endpoint, must=True)
     assert bucket is not None
+    check_step(command.step)
     if command.step < 0:
         step = newest_step(disk.committed_ages(run_dir.path), str(disk.checkpoints_dir(run_dir.path)))
     else:
@@ -283,6 +289,7 @@ def _export(command: Export, _overrides: Sequence[str]) -> int:
     from cluster.rundir import find_run
 
     run_dir = find_run(command.run, command.dir)
+    check_step(command.step)
     step = named_snapshot(command.run if command.step < 0 else f"{command.run}:{command.step}", command.dir)[1]
     with stages_bar() as progress:
         if command.format == "hf":

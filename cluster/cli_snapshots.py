@@ -80,11 +80,20 @@ def known_steps(run_dir: RunDir) -> list[int]:
 
 
 def chosen_steps(run_dir: RunDir, step: int) -> list[int]:
-    """That step, or all for -1, newest first. ValueError if the run does not have it."""
+    """That step, or all for -1, newest first. ValueError if the run does not have it, or none at all."""
     known = known_steps(run_dir)
+    check_step(step)
+    if not known:
+        raise ValueError(f"run {run_dir.path.name} has no snapshot in {run_dir.path / 'checkpoints'}")
     if step >= 0 and step not in known:
         raise ValueError(f"run {run_dir.path.name} has no snapshot of step {step}; it has {name_steps(known)}")
     return known if step < 0 else [step]
+
+
+def check_step(step: int) -> None:
+    """ValueError for a step that cannot be; -1 stands for none named."""
+    if step < -1:
+        raise ValueError(f"--step {step}: steps count from 0")
 
 
 def newest_step(ages: Sequence[tuple[int, int]], place: str) -> int:

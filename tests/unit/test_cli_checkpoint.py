@@ -117,6 +117,41 @@ def test_rm_asks_refuses_the_last_good_one_and_removes(run: OneRank, capsys: pyt
     assert disk.all_steps(run.run_dir) == []
 
 
+def test_repair_replaces_nothing_good_by_another_runs(
+    run: OneRank, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The manifest is gone, and the copy that was named is of another run with the same steps."""
+    shutil.copytree(run.run_dir, tmp_path / "kept")
+    shutil.rmtree(run.run_dir / "checkpoints")
+    shutil.rmtree(tmp_path / "disk")
+    persist(tmp_path, {10: 3, 20: 4})
+    shutil.copytree(run.run_dir, tmp_path / "other")
+    shutil.rmtree(run.run_dir / "checkpoints")
+    shutil.copytree(tmp_path / "kept/checkpoints", run.run_dir / "checkpoints")
+    os.truncate(disk.step_dir(run.run_dir, 20) / "manifest.json", 50)
+    before = shard(run, 20).read_bytes()
+    assert dispatch(["checkpoint", "repair", "run", "--step", "20", "--source", "other"]) == 1
+    assert "as if it were of another run: name a copy of this one" in capsys.readouterr().out
+    assert shard(run, 20).read_bytes() == before
+    assert dispatch(["checkpoint", "repair", "run", "--step", "20", "--source", "kept"]) == 0
+    assert verify_snapshot(run.run_dir, 20) == []
+
+
+def test_what_was_mistyped_is_said_and_not_taken_for_something_else(
+    run: OneRank, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["verify"], ["repair"], ["export", "--format", "dcp", "--output", "out"]):
+        assert dispatch(["checkpoint", command[0], "run", *command[1:], "--step", "-10"]) == 2
+        assert "--step -10: steps count from 0" in capsys.readouterr().err
+    assert dispatch(["checkpoint", "repair", "run", "--source", "nowhere"]) == 2
+    assert "--source nowhere: is no copy of a run directory" in capsys.readouterr().err
+    assert dispatch(["checkpoint", "rm", "run", "10", "10", "--yes"]) == 0
+    assert disk.all_steps(run.run_dir) == [20]
+    shutil.rmtree(disk.checkpoints_dir(run.run_dir))
+    assert dispatch(["checkpoint", "verify", "run"]) == 2
+    assert "run run has no snapshot in" in capsys.readouterr().err
+
+
 def test_without_a_bucket_pull_and_push_say_how_to_name_one(run: OneRank, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("pull", "push"):
         assert dispatch(["checkpoint", command, "run"]) == 2
