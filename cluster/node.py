@@ -77,7 +77,7 @@ class Node:
             ram_step=plan.ram_step,
             rejected=order.rejected,
             peers=tuple(dict.fromkeys([*order.copy_to, *(a for each in order.gather for a in each.addresses)])),
-            wait_for_copies=bool(order.copy_to),
+            wait_for_copies=self.tiers.may_send_copies,
             node_dir=str(self.tiers.node_dir or ""),
         )
         return msgspec.json.encode(start).decode()

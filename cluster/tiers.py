@@ -47,6 +47,8 @@ class NodeTiers:
         self.node = node
         self.state = state
         self.generation = 0
+        # Whoever keeps them may come up later than the workers: these must wait from then on, too.
+        self.may_send_copies = policy.peer_copies > 0 and config.cluster.nodes + config.cluster.spares > 1
         self.node_dir = run_dir.node_root(policy.node_dir) / node if policy.node_dir else None
         self.store = NodeStore(
             segments, run_dir.path, policy.keep_last, policy.keep_every_steps, self.node_dir, policy.keep_best

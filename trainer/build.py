@@ -31,11 +31,11 @@ from trainer.validation import Measured, Validation, build_validation
 class Rank:
     """Everything the step loop uses. step is the last one whose update is in the weights.
 
-    first_step: the one this process began with. loaded: (generation, step) of the snapshot that it began with. canary:
-    the loss that was logged for first_step, None if none was. measured: what the last step's validation gave.
-    unpublished: the row of the last step, while its snapshot is not yet safe. persisted_s: monotonic time of the last
-    snapshot for the run directory. eod_id: None where attention knows no documents. started_s: monotonic time at which
-    the process began.
+    first_step: the one this process began with. loaded: (generation, step) of the snapshot that it began with.
+    from_memory: whether that was in the nodes' memory. canary: the loss that was logged for first_step, None if none
+    was. measured: what the last step's validation gave. unpublished: the row of the last step, while its snapshot is
+    not yet safe. persisted_s: monotonic time of the last snapshot for the run directory. eod_id: None where attention
+    knows no documents. started_s: monotonic time at which the process began.
     """
 
     context: RankContext
@@ -54,6 +54,7 @@ class Rank:
     policy: TierPolicy
     copies: CopyWait | None
     loaded: tuple[int, int]
+    from_memory: bool
     canary: float | None
     persisted_s: float
     validation: Validation | None
@@ -123,6 +124,7 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         policy=TierPolicy(config.checkpoint),
         copies=CopyWait(context, snapshots, config.checkpoint.peer_wait_s) if context.start.wait_for_copies else None,
         loaded=(loaded.generation, loaded.step) if loaded else (0, 0),
+        from_memory=loaded is not None and loaded.tier == "ram",
         canary=canary(context, config, step + 1) if loaded else None,
         persisted_s=time.monotonic(),
         validation=build_validation(config, engine, context.heart, eod_id, vocab_size),

@@ -50,8 +50,8 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     ram_dir: the node's folder in shared memory (segments, heartbeat slots, error files).
     rejected: snapshots (generation, step) that a loss has shown to be wrong, never to be loaded again.
     peers: `host:port` of agents that may hold copies of this node's shards.
-    wait_for_copies: whether somebody takes copies of this node's snapshots. node_dir: the node's folder on its own
-    disk, "" if it has none.
+    wait_for_copies: whether anybody may ever take copies of this node's snapshots. node_dir: the node's folder on its
+    own disk, "" if it has none.
     """
 
     run_dir: str

@@ -120,7 +120,8 @@ def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
     grad_norm = engine.clip_grad_norm(rank.config.training.max_grad_norm)
     # The weights may not change under a copy of them.
     stall_s = rank.snapshots.wait()
-    if rank.copies is not None and rank.policy.copies(step - 1) and step > rank.first_step:
+    # A first step waits, too: one of its state's copies may have just become a new node's own shard.
+    if rank.copies is not None and rank.policy.copies(step - 1) and (step > rank.first_step or rank.from_memory):
         stall_s += rank.copies.wait()
     heart.beat(Phase.VOTE)
     vote = take_vote(rank, loss, grad_norm)
