@@ -125,7 +125,7 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         copies=CopyWait(context, snapshots, config.checkpoint.peer_wait_s) if context.start.wait_for_copies else None,
         loaded=(loaded.generation, loaded.step) if loaded else (0, 0),
         from_memory=loaded is not None and loaded.tier == "ram",
-        canary=canary(context, config, step + 1) if loaded else None,
+        canary=canary(context, config, loaded) if loaded else None,
         persisted_s=time.monotonic(),
         validation=build_validation(config, engine, context.heart, eod_id, vocab_size),
     )

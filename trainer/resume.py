@@ -82,13 +82,18 @@ def resume(context: RankContext, snapshots: SnapshotManager, far: SnapshotSource
 def complete_metrics(metrics: LineFile, loaded: LoadedSnapshot) -> None:
     """Write the loaded step's row if the process that computed it was lost before it could."""
     row = loaded.scalars.get("record")
-    if row is not None and logged_record(metrics.path, loaded.step) is None:
-        metrics.keep(msgspec.convert(row, StepRecord))
+    if row is None:
+        return
+    record = msgspec.convert(row, StepRecord)
+    if logged_record(metrics.path, loaded.step, record.generation) is None:
+        metrics.keep(record)
 
 
-def canary(context: RankContext, config: JobConfig, step: int) -> float | None:
-    """The loss that was logged for a step before, the same answer on every rank. Collective."""
-    found = logged_record(metrics_path(context.run_dir), step) if context.rank == 0 else None
+def canary(context: RankContext, config: JobConfig, loaded: LoadedSnapshot) -> float | None:
+    """The loss that was logged for the step after the loaded one, the same answer on every rank. Collective."""
+    found = None
+    if context.rank == 0:
+        found = logged_record(metrics_path(context.run_dir), loaded.step + 1, loaded.generation)
     loss = found.loss_avg if found is not None and config.checkpoint.canary_tolerance > 0 else None
     box = torch.tensor([math.nan if loss is None else loss], dtype=torch.float64)
     dist.broadcast(box, 0)

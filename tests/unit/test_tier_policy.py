@@ -53,18 +53,28 @@ def test_copies_are_sent_as_often_as_asked() -> None:
     assert not TierPolicy(CheckpointConfig(peer_copies=0)).copies(3)
 
 
-def test_the_canary_reads_the_newest_row_of_its_step(tmp_path: Path) -> None:
-    """Promise: what a step's loss was is found behind later rows, rows of other generations and torn lines."""
+def test_the_canary_reads_the_row_of_its_own_history(tmp_path: Path) -> None:
+    """Promise: a step's loss is found behind later rows and torn lines, and never that of a history given up.
+
+    Generation 2 began anew from before step 7, on another layout, say: what generation 1 had there does not bind it.
+    """
     path = tmp_path / "metrics.jsonl"
-    assert logged_record(path, 7) is None
-    for generation, step in ((1, 6), (1, 7), (2, 7), (2, 8)):
+    assert logged_record(path, 7, 1) is None
+    for generation, step in ((1, 6), (1, 7), (1, 8), (2, 7), (2, 9), (3, 9), (3, 8)):
         append_line(path, record(step, generation, 10.0 * step, 1.0, 0.0, 0.0))
     with path.open("ab") as file:
         file.write(msgspec.json.encode(record(7, 3, 1.0, 1.0, 0.0, 0.0))[:40])
-    found = logged_record(path, 7)
-    assert found is not None
-    assert found.generation == 2
-    assert logged_record(path, 9) is None
+
+    def found(step: int, since_generation: int) -> int | None:
+        row = logged_record(path, step, since_generation)
+        return None if row is None else row.generation
+
+    assert found(7, 1) == 1
+    assert found(7, 2) == 2
+    assert found(8, 2) == 3
+    assert found(9, 1) == 2
+    assert found(6, 2) is None
+    assert found(9, 4) is None
 
 
 @given(st.floats(0.1, 20), st.floats(0, 0.1))
