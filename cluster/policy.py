@@ -138,8 +138,10 @@ def _crash_loop(verdict: Verdict, state: JobState) -> Stop | None:
     """The same failure at the same step in another generation: on two nodes if it is software's, else the third time.
 
     What comes from outside (a kill, a lost node, a hang) may well strike two nodes at the same step by chance, so only
-    the third time counts there.
+    the third time counts there. That nodes are taken away is nobody's failure: a whole rack of them may go at one step.
     """
+    if verdict.cause is Cause.PREEMPTED:
+        return None
     same = [each for each in _earlier(state) if (each.fingerprint, each.step) == (verdict.fingerprint, verdict.step)]
     times = len({each.generation for each in same}) + 1
     nodes = {each.node for each in same if each.node} | ({verdict.node} if verdict.node else set())

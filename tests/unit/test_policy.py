@@ -56,6 +56,14 @@ def test_a_lost_node_is_replaced_by_a_ready_spare_or_the_job_is_requeued() -> No
     assert "run the same command again" in action.reason
 
 
+def test_a_rack_that_is_taken_away_at_one_step_is_no_crash_loop() -> None:
+    """Promise: as many nodes may be told to leave at the same step as there are spares for."""
+    state = running(spares=3)
+    for node in ("node0", "node1", "node2"):
+        state, action = suffer(state, verdict(Cause.PREEMPTED, node, -1, 7, Severity.NODE), job())
+        assert isinstance(action, Replace), action
+
+
 def test_a_bad_node_by_its_own_word_is_replaced() -> None:
     action = decide(verdict(Cause.WORKER_CRASH, "node0", severity=Severity.NODE), running(), job())
     assert isinstance(action, Replace)
