@@ -93,6 +93,7 @@ class Supervisor:
         self.leaving: str = ""
         self.reason = "start"
         self.gathering_since_s = 0.0
+        self.ready_since_s = float("inf")
         self.progress = Progress(0, {}, config.health, time.monotonic())
         self.attention = Attention(time.monotonic(), config.health.heartbeat_timeout_s / 2)
         self.incident: Incident | None = None
@@ -154,19 +155,20 @@ class Supervisor:
         if report.node not in self.handles:
             return
         known = self.views.get(report.node)
-        self._catch_up(report)
-        if report.notice and report.node not in self.state.evicted:
-            self._told_to_leave(report)
+        if report.node not in self.state.evicted:
+            self._catch_up(report)
+            if report.notice:
+                self._told_to_leave(report)
+        if report.node in self.state.evicted:
+            # Its last words may come after its end: facts are true, but nothing it holds or keeps counts any more.
+            self._take_facts(report)
+            self.send_order(report.node)
+            return
         self.views[report.node] = AgentView(report, time.monotonic())
         self.placement.update(self.members, self.views)
         if report.readiness is not None and (known is None or known.report.readiness is None) and not report.generation:
             self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid)
-        for numbered in report.facts:
-            if numbered.number > self.facts_seen.get((report.node, report.pid), 0):
-                self.facts_seen[report.node, report.pid] = numbered.number
-                self.emit(events.WorkersReported, fact=numbered.fact)
-                if numbered.fact.kind is FactKind.UPDATE_SKIPPED:
-                    self._judge_skip(numbered.fact)
+        self._take_facts(report)
         if self.plan is not None and report.node in self.members and report.generation == self.plan.generation:
             self._take_exits(report)
             self.progress.feed(time.monotonic(), report.node, report.beats)
@@ -175,6 +177,14 @@ class Supervisor:
                     events.NodeFinished, node=report.node, generation=report.generation, step=report.finished_step
                 )
         self.send_order(report.node)
+
+    def _take_facts(self, report: AgentReport) -> None:
+        for numbered in report.facts:
+            if numbered.number > self.facts_seen.get((report.node, report.pid), 0):
+                self.facts_seen[report.node, report.pid] = numbered.number
+                self.emit(events.WorkersReported, fact=numbered.fact)
+                if numbered.fact.kind is FactKind.UPDATE_SKIPPED:
+                    self._judge_skip(numbered.fact)
 
     def _catch_up(self, report: AgentReport) -> None:
         """Agents may know a newer generation than the journal of a supervisor that died: never fall behind them."""
@@ -237,6 +247,8 @@ class Supervisor:
         """Tell a node the whole of what is wanted of it."""
         view = self.views.get(node)
         gone = node in self.state.evicted
+        if self._waits_for_adopted() and not gone and self.wish is Wish.RUN:
+            return
         self.socket.send(
             node,
             Order(
@@ -249,6 +261,14 @@ class Supervisor:
                 rejected=self.state.rejected,
             ),
         )
+
+    def _waits_for_adopted(self) -> bool:
+        """Whether a node that was taken over has neither spoken yet nor been given up.
+
+        Until then the addresses of those who have or keep copies are not all known, and no order is better than one
+        that leaves some out: agents go on with their last one.
+        """
+        return any(node not in self.views and node not in self.state.evicted for node in self.adopted)
 
     def broadcast(self) -> None:
         """Send everybody its order now, without waiting for the next report."""
@@ -377,6 +397,7 @@ class Supervisor:
         self.plan = None
         self.reason = reason
         self.gathering_since_s = time.monotonic()
+        self.ready_since_s = float("inf")
         self.broadcast()
 
     def try_plan(self) -> None:
@@ -387,6 +408,8 @@ class Supervisor:
             self._choose_first_members()
             return
         if len(ready_members(self.members, self.views, self.target_generation)) < len(self.members):
+            return
+        if self._waits_for_adopted() or self._waits_for_spares():
             return
         ranks_per_node = self.config.cluster.ranks_per_node
         plan, self.gather = make_plan(self.target_generation, self.members, ranks_per_node, self.views, self.state)
@@ -404,6 +427,17 @@ class Supervisor:
         )
         self._follow(plan)
         self.broadcast()
+
+    def _waits_for_spares(self) -> bool:
+        """Whether a node without ranks, which may keep the only copy of a shard, still looks through its memory.
+
+        What it said for an earlier generation is old. It is not waited for any longer than for a heartbeat.
+        """
+        now = time.monotonic()
+        self.ready_since_s = min(self.ready_since_s, now)
+        said = [view.report.readiness for node, view in self.views.items() if node not in self.members]
+        looking = any(readiness is not None and readiness.ready_for < self.target_generation for readiness in said)
+        return looking and now - self.ready_since_s <= self.config.health.heartbeat_timeout_s
 
     def _follow(self, plan: Plan) -> None:
         self.plan = plan
