@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
+
 from checkpointing import disk
 from checkpointing.checksum import checksum_range
 from checkpointing.copies import Located
@@ -45,6 +47,7 @@ class NodeDisk:
 
     def __init__(self, node_dir: Path) -> None:
         self.dir = node_dir
+        self._verified: dict[Path, _Signature] = {}
 
     def write(self, fd: int, control: Control) -> None:
         """Write the shard of an open slot, read it back, and only then remove what is older than the newest two.
@@ -66,11 +69,16 @@ class NodeDisk:
         if problem := disk.file_problem(path, meta.shard):
             self._remove(ShardRef(control.generation, control.step, control.rank))
             raise SnapshotDamagedError(f"{problem} (read back right after it was written)")
+        self._verified[path] = _signature(path)
         self._remove_older(control.rank, KEPT, self._looks_whole)
 
     def held(self) -> list[HeldShard]:
-        """Every shard whose sidecar is valid and whose every byte verifies, read now."""
-        found = [(ref, self._whole(ref)) for ref in self.refs()]
+        """Every shard whose sidecar is valid and whose every byte has verified.
+
+        A file that this object has read before, and that nobody has written since, is not read again: a restart does
+        not wait for a disk. Whoever loads it verifies it anyway.
+        """
+        found = [(ref, self._whole(ref, trusting=True)) for ref in self.refs()]
         return [held_shard(control, Tier.NODE) for _, control in found if control is not None]
 
     def find(self, ref: ShardRef) -> Located | None:
@@ -109,17 +117,24 @@ class NodeDisk:
         folder = self._path(ref).parent
         (folder / sidecar_name(ref.generation, ref.rank)).unlink(missing_ok=True)
         self._path(ref).unlink(missing_ok=True)
+        self._verified.pop(self._path(ref), None)
         self._path(ref).with_suffix(".safetensors.tmp").unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # other ranks' shards are in it
             folder.rmdir()
 
-    def _whole(self, ref: ShardRef) -> Control | None:
+    def _whole(self, ref: ShardRef, trusting: bool = False) -> Control | None:
+        path = self._path(ref)
         with contextlib.suppress(OSError, SnapshotDamagedError):
             control = self.control(ref)
-            with _opened(self._path(ref)) as fd:
-                if os.fstat(fd).st_size == control.size_bytes:
-                    found = checksum_range(fd, 0, control.size_bytes)
-                    return control if found == control.checksum else None
+            seen = _signature(path)
+            if seen.size_bytes != control.size_bytes:
+                return None
+            if trusting and self._verified.get(path) == seen:
+                return control
+            with _opened(path) as fd:
+                if checksum_range(fd, 0, control.size_bytes) == control.checksum:
+                    self._verified[path] = seen
+                    return control
         return None
 
     def control(self, ref: ShardRef) -> Control:
@@ -154,6 +169,19 @@ class NodeDisk:
                 if named is not None and step is not None:
                     refs.add(ShardRef(named[0], step, named[1]))
         return sorted(refs)
+
+
+class _Signature(msgspec.Struct, frozen=True):
+    """Differs once a file has been written or replaced."""
+
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+
+def _signature(path: Path) -> _Signature:
+    status = path.stat()
+    return _Signature(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _names(folder: Path) -> list[str]:

@@ -149,6 +149,15 @@ def _check_checkpoint(config: JobConfig) -> list[Problem]:
         problems.append(
             _kept_but_never_written("checkpoint", checkpoint.keep_every_steps, "persist_interval_steps", persist)
         )
+    if checkpoint.peer_copies and checkpoint.peer_wait_s >= config.health.hang_floor_s:
+        problems.append(
+            Problem(
+                "checkpoint.peer_wait_s",
+                checkpoint.peer_wait_s,
+                f"must be less than health.hang_floor_s = {config.health.hang_floor_s:g}, or a step that waits for "
+                f"copies is taken for a hang; set {config.health.hang_floor_s / 2:g}",
+            )
+        )
     return problems + _check_s3(config)
 
 

@@ -130,9 +130,9 @@ class CheckpointConfig(Section, frozen=True, kw_only=True):
     """`[checkpoint]`: how often each tier is fed and what is kept. `[s3]` has the keys of the farthest one.
 
     Every ram_interval_steps the state goes to shared memory below ram_dir. Every peer_interval_steps (a multiple of
-    it; 0: every time) each node sends its part to peer_copies other nodes, in other failure domains where there are any; the next
-    update waits for the copies, but never longer than peer_wait_s. peer_max_mb_per_s bounds what a node sends (0: no
-    bound). Every node_interval_steps it goes to node_dir on the node's own disk ("": no such tier); every
+    it; 0: every time) each node sends its part to peer_copies other nodes, in other failure domains where there are
+    any; the next update waits for the copies, but never longer than peer_wait_s. peer_max_mb_per_s bounds what a node
+    sends (0: no bound). Every node_interval_steps it goes to node_dir on the node's own disk ("": no such tier); every
     persist_interval_steps, and after persist_interval_minutes (0: no clock), to the run directory.
 
     keep_last newest snapshots stay in the run directory, every keep_every_steps-th for ever (0: none), and the
