@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from checkpointing.checksum import CHUNK_BYTES, Checksum, checksum
@@ -22,6 +23,7 @@ from checkpointing.layout import (
 
 PULLING_NAME = "pulling"
 _PULL_S = 6 * 3600.0
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL})
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -74,19 +76,46 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Put a file in place as a whole or not at all. OSError if it cannot be; nothing half-written stays."""
-    temporary = path.with_name(path.name + ".tmp")
+    with _written(path, data) as temporary:
+        temporary.replace(path)
+    sync_dir(path.parent)
+
+
+def create_atomic(path: Path, data: bytes) -> bool:
+    """The same, but only if there is no such file yet; False if there is one, whoever was first.
+
+    A file system without hard links cannot tell in one step: there, it is looked at right before. OSError.
+    """
+    with _written(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if path.exists():
+                return False
+            temporary.replace(path)
+    sync_dir(path.parent)
+    return True
+
+
+@contextlib.contextmanager
+def _written(path: Path, data: bytes) -> Iterator[Path]:
+    """A durable file beside `path` under a name of its own: another writer may be at the same file."""
+    temporary = path.with_name(f"{path.name}.{int.from_bytes(os.urandom(6))}.tmp")
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             write_all(fd, data)
             os.fsync(fd)
         finally:
             os.close(fd)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_dir(path.parent)
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):  # the error at hand is the one to tell
+            temporary.unlink(missing_ok=True)
 
 
 def all_steps(run_dir: Path) -> list[int]:

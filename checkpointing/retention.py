@@ -126,9 +126,15 @@ def remove_snapshot(run_dir: Path, step: int) -> None:
 
 
 def commit_pulled(run_dir: Path, manifest: Manifest, data: bytes) -> None:
-    """Put the manifest (`data`) of a snapshot whose shards were fetched in place. OSError if the disk refuses."""
+    """Put the manifest (`data`) of a snapshot whose shards were fetched in place.
+
+    OSError if the disk refuses, or if a running job has committed the step in a newer generation meanwhile.
+    """
     folder = disk.step_dir(run_dir, manifest.step)
-    disk.write_atomic(folder / MANIFEST_NAME, data)
+    if not disk.create_atomic(folder / MANIFEST_NAME, data):
+        if (there := disk.read_generation(run_dir, manifest.step)) > manifest.generation:
+            raise OSError(f"{folder.name}: generation {there} has committed it meanwhile, which is newer")
+        disk.write_atomic(folder / MANIFEST_NAME, data)
     disk.end_pull(folder)
     remove_superseded(run_dir, manifest.step, manifest.generation)
 

@@ -115,7 +115,9 @@ class NodeStore:
                 shards = self._arrived(awaited)
                 if shards is None:
                     continue
-                manifest = self._commit(shards)
+                manifest = self._commit(awaited, shards)
+                if manifest is None:
+                    continue
             except (OSError, SnapshotDamagedError) as error:
                 detail = f"step {awaited.step} not committed: {words(error)}"
                 events.append(self._event(StoreEventKind.FAILED, awaited, started, detail))
@@ -218,7 +220,11 @@ class NodeStore:
             disk.step_dir(self.run_dir, awaited.step), awaited.generation, ranks
         )
 
-    def _commit(self, shards: list[ShardMeta]) -> Manifest:
+    def _commit(self, awaited: _Awaited, shards: list[ShardMeta]) -> Manifest | None:
+        """Write the manifest; None if another one has come meanwhile that has to stay for now.
+
+        This agent may be an orphan that was held up since it looked: it must not put its manifest over its successor's.
+        """
         first = shards[0]
         manifest = Manifest(
             version=VERSION,
@@ -229,8 +235,11 @@ class NodeStore:
             t_wall_s=time.time(),
             shards=tuple(meta.shard for meta in shards),
         )
-        folder = disk.step_dir(self.run_dir, first.step)
-        disk.write_atomic(folder / MANIFEST_NAME, encode_document(manifest))
+        path, data = disk.step_dir(self.run_dir, first.step) / MANIFEST_NAME, encode_document(manifest)
+        if not disk.create_atomic(path, data):
+            if not self._may_replace(awaited):
+                return None
+            disk.write_atomic(path, data)
         return manifest
 
     def _after_commit(self, awaited: _Awaited, manifest: Manifest) -> list[StoreEvent]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,6 +17,7 @@ from checkpointing import disk
 from checkpointing.layout import encode_document
 from checkpointing.manager import NoSnapshotError
 from checkpointing.persister import Persister
+from checkpointing.retention import commit_pulled
 from checkpointing.segment import CONTROL_BYTES, SlotState
 from checkpointing.store import NodeStore, StoreEvent, StoreEventKind
 from checkpointing.verify import list_snapshots, verify_snapshot
@@ -352,3 +356,59 @@ def test_sample_states_differ() -> None:
     """The comparisons above mean something."""
     a, b = sample_tensors(1), sample_tensors(2)
     assert not any(same_bits(a[name], b[name]) for name in a if a[name].numel())
+
+
+class _HeldUp(NodeStore):
+    """An agent that is stopped right before it writes a manifest, and goes on after `meanwhile`."""
+
+    meanwhile: Callable[[], object]
+
+    def _arrived(self, awaited: Any) -> Any:
+        shards = super()._arrived(awaited)
+        self.meanwhile()
+        return shards
+
+
+def test_an_orphan_that_wakes_up_cannot_put_its_manifest_over_its_successors(tmp_path: Path) -> None:
+    """The successor's commit removes the orphan's shards: the orphan's manifest would leave the step without any."""
+    for name in ("orphan", "successor"):
+        (tmp_path / name).mkdir()
+    orphan = OneRank(tmp_path / "orphan", seed=1)
+    successor = OneRank(tmp_path / "successor", seed=2, generation=2)
+    successor.run_dir = successor.manager.run_dir = orphan.run_dir
+    successor.store = NodeStore(successor.ram_dir, orphan.run_dir)
+    held_up = _HeldUp(orphan.ram_dir, orphan.run_dir)
+    held_up.meanwhile = lambda: successor.persist(10)
+    orphan.stage(10, persist=True)
+    held_up.persist_pending()
+    [event] = held_up.commit_pending()
+    assert event.kind is StoreEventKind.FAILED
+    assert "a newer one has committed this step" in event.detail
+    assert disk.read_generation(orphan.run_dir, 10) == 2
+    assert verify_snapshot(orphan.run_dir, 10) == []
+
+
+def test_a_pull_does_not_replace_what_a_running_job_commits_meanwhile(tmp_path: Path) -> None:
+    run = OneRank(tmp_path, seed=1)
+    run.persist(10)
+    path = disk.step_dir(run.run_dir, 10) / "manifest.json"
+    pulled, data = disk.read_manifest(run.run_dir, 10), path.read_bytes()
+    OneRank(tmp_path, seed=2, generation=2).persist(10)
+    with pytest.raises(OSError, match="generation 2 has committed it meanwhile"):
+        commit_pulled(run.run_dir, pulled, data)
+    assert disk.read_generation(run.run_dir, 10) == 2
+    assert verify_snapshot(run.run_dir, 10) == []
+
+
+def test_of_many_that_create_a_file_one_does_and_none_mixes_in(tmp_path: Path) -> None:
+    """Agents on several nodes write `latest` and manifests with nothing between them but the file system."""
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(30):
+            path = tmp_path / f"created-{number}"
+            texts = [bytes([65 + writer]) * (1 << 16) for writer in range(4)]
+            first = list(pool.map(disk.create_atomic, [path] * 4, texts))
+            assert first.count(True) == 1
+            assert path.read_bytes() == texts[first.index(True)]
+            list(pool.map(disk.write_atomic, [path] * 4, texts))
+            assert path.read_bytes() in texts
+    assert all(path.name.startswith("created-") and path.suffix == "" for path in tmp_path.iterdir())
