@@ -66,15 +66,16 @@ class Gatherer:
             origin, path, control = self._find(need)
             size_bytes = control.size_bytes
             self.store.adopt(path, control, need.local_rank)
-        except (OSError, TransferError, SnapshotDamagedError) as error:
+        except (OSError, TransferError, ValueError) as error:  # a damaged snapshot is a ValueError
             origin, problem = "", str(error)
+            self._scratch(need).unlink(missing_ok=True)  # what came of it is memory that others need
         return Gathered(need, origin, problem, size_bytes, time.monotonic() - started_s)
 
     def _find(self, need: Need) -> tuple[str, Path, Control]:
         taken = self.copies.take(need.ref)
         if taken is not None:
             return "this node's copy", taken, _control(taken)
-        path = self.scratch / f"gathered-{need.local_rank}.seg"
+        path = self._scratch(need)
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError, SnapshotDamagedError):
             located = self.store.find(need.ref)
@@ -91,6 +92,9 @@ class Gatherer:
                     continue
                 return f"peer {address}", path, _publish(path, control)
         raise SnapshotDamagedError("; ".join(problems) or "it is no longer on this node")
+
+    def _scratch(self, need: Need) -> Path:
+        return self.scratch / f"gathered-{need.local_rank}.seg"
 
 
 def _copy(located: Located, into: Path) -> None:
