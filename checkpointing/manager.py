@@ -183,14 +183,17 @@ class SnapshotManager:
     def _free_slot(self) -> SlotViews:
         """The least valuable slot: neither the agent's nor the newest, an empty one rather than an old one.
 
-        One that is being sent to peers only if there is no other: its receiver will notice.
+        One that is being sent to peers only if there is no other: its receiver will notice. Before that, the newest
+        that they have: if not every step is copied, it is the newest that all ranks can come back to without a node.
         """
         ages = {n: c.age for n, slot in enumerate(self._slots) if (c := slot.segment.control) is not None}
         newest = max(ages, key=lambda number: ages[number], default=-1)
+        sent = [number for number in ages if self._slots[number].segment.settled]
+        kept = max(sent, key=lambda number: ages[number], default=-1)
         candidates = [
-            (slot.segment.held, ages.get(number, (-1, -1)), number)
+            (slot.segment.held, number == kept, ages.get(number, (-1, -1)), number)
             for number, slot in enumerate(self._slots)
             if number not in ages or (number != newest and slot.segment.state is not SlotState.TO_PERSIST)
         ]
         assert candidates, "more than one slot waits to be persisted"
-        return self._slots[min(candidates)[2]]
+        return self._slots[min(candidates)[-1]]

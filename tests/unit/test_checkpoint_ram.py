@@ -12,7 +12,7 @@ import torch
 
 from checkpointing.checksum import checksum
 from checkpointing.manager import SnapshotManager
-from checkpointing.segment import CONTROL_BYTES, SlotState, segment_name
+from checkpointing.segment import CONTROL_BYTES, SLOTS_WITH_COPIES, SlotState, segment_name, write_settled
 from checkpointing.store import NodeStore
 from tests.checkpoint_helpers import OneRank, Tensors, flip_byte, sample_tensors
 
@@ -187,3 +187,15 @@ def test_an_empty_state_and_an_empty_folder_are_fine(tmp_path: Path) -> None:
     assert manager.wait() == 0.0
     assert manager.load(-1, lambda ok: ok, lambda v: v) is None
     assert NodeStore(tmp_path / "absent", tmp_path).inventory() == []
+
+
+def test_the_last_snapshot_that_peers_have_stays(tmp_path: Path) -> None:
+    """Promise: if peers get every n-th step only, each rank still has the newest of those when a node is lost."""
+    run = OneRank(tmp_path, seed=1, slots=SLOTS_WITH_COPIES)
+    for step in range(1, 20):
+        run.stage(step)
+        if step % 6 == 0:
+            with slot_of(run, step).open("r+b") as file:
+                write_settled(file.fileno(), (1, step))
+        in_memory = {shard.step for shard in run.store.inventory()}
+        assert {step, step - step % 6} - {0} <= in_memory
