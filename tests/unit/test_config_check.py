@@ -111,6 +111,7 @@ def test_expert_parallelism_divides_ranks_and_experts(ep: int, dp_shard: int, tp
         (["--optimizer.beta2=1.0"], ["optimizer.beta2", "below 1"]),
         (["--checkpoint.ram_interval_steps=4"], ["persist_interval_steps = 10", "multiple of", "set 12"]),
         (["--checkpoint.keep_every_steps=15"], ["keep_every_steps 15", "set 20"]),
+        (["--checkpoint.peer_wait_s=10"], ["peer_wait_s", "hang_floor_s = 10", "set 5"]),
         (["--health.heartbeat_timeout_s=2"], ["more than two intervals", "set 5"]),
         (["--health.hang_floor_s=5"], ["hang_floor_s", "heartbeat_timeout_s = 5", "set 10"]),
         (["--data.sets=[]"], ["data.sets", "no data", "[[data.sets]]"]),
