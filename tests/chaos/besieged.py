@@ -27,7 +27,8 @@ from tests.chaos.siege import Siege
 from tests.chaos.storage import FailingDisk, Volume
 from trainer.events import Phase
 
-_TARGETS = (*["worker"] * 5, *["node"] * 2, *["supervisor"] * 2, "everything")
+_TARGETS = (*["worker"] * 6, *["node"] * 2, *["supervisor"] * 2, "supervisor and worker", "both nodes", "everything")
+_MEMORY_LOST = ("both nodes", "both nodes", "everything")
 _HOW = ("flipped", "flipped", "truncated", "removed")
 _PARTS = ("body", "body", "header", "control block")
 
@@ -54,8 +55,10 @@ class Besieger:
         """One random fault, until the run has recovered from it, and all that must hold has been checked."""
         siege = self.siege
         siege.remember_good()
+        mark = siege.mark()
         kinds = (self.kill, self.kill_twice, self.damage, self.outage, self.bucket_outage)
         self.dice.choices(kinds, weights=(4, 2, 5, 3, 2))[0]()
+        siege.await_copies(mark)
         siege.check()
 
     # Kills --------------------------------------------------------------------------------------------------------
@@ -88,7 +91,7 @@ class Besieger:
     def kill_twice(self) -> None:
         """Kill somebody, and somebody else while the run comes back from that."""
         siege, instants = self.siege, self.siege.instants
-        first = siege.aim(self.dice.choice([*["worker"] * 4, *["node"] * 2, "everything"]))
+        first = siege.aim(self.dice.choice([*["worker"] * 3, *["node"] * 2, "both nodes", "everything"]))
         mark = siege.mark()
         siege.tell(siege.strike(first, "anything", None))
         first_done = siege.generation()
@@ -120,12 +123,16 @@ class Besieger:
             words = self.dice.choice(places)()
             siege.tend()
         siege.tell(words)
+        lost = siege.floor == (-1, -1)
+        if lost and self.dice.random() < 0.5:
+            self._begin_bucket_outage()
         if self.dice.random() < 0.7:
-            strike = siege.aim(self.dice.choice([*["worker"] * 4, *["node"] * 2, "everything"]))
+            strike = siege.aim(self.dice.choice(_MEMORY_LOST if lost else _TARGETS))
             siege.tell(f"  then {siege.strike(strike, 'anything', None)}")
             siege.await_step(mark, strike.restarts)
         else:
             siege.await_step(mark, False)
+        siege.lift()
         siege.await_supervisor()
 
     def _damage_slot(self) -> str:
@@ -239,17 +246,9 @@ class Besieger:
     def bucket_outage(self) -> None:
         """S3 answers with errors, slowly, in parts, or not at all; sometimes somebody is killed meanwhile."""
         siege = self.siege
-        how = self.dice.choice(OUTAGES)
         mark = siege.mark()
         before = siege.bucket_floor
-
-        def lift() -> None:
-            siege.lift = lambda: None
-            siege.bucket.heal()
-
-        siege.lift = lift
-        siege.bucket.fail(how)
-        siege.tell(f"S3: {how}")
+        self._begin_bucket_outage()
         length = self.dice.randint(2, 8)
         if self.dice.random() < 0.4:
             strike = siege.aim(self.dice.choice(["worker", "worker", "node", "supervisor"]))
@@ -262,6 +261,18 @@ class Besieger:
             lambda: max(siege.bucket.committed(), default=(-1, -1)) > before, "a snapshot in the bucket after it"
         )
         siege.await_supervisor()
+
+    def _begin_bucket_outage(self) -> None:
+        siege = self.siege
+
+        def lift() -> None:
+            siege.lift, siege.unreadable = lambda: None, False
+            siege.bucket.heal()
+
+        siege.lift, siege.unreadable = lift, True
+        how = self.dice.choice(OUTAGES)
+        siege.bucket.fail(how)
+        siege.tell(f"S3: {how}")
 
     def _begin_outage(self, kind: str, volume: Volume) -> bool:
         siege = self.siege

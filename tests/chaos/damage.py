@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +57,22 @@ def paused(pid: int) -> Iterator[None]:
     """SIGSTOP for a moment: nothing may be written over what is being damaged, or it would get a right checksum."""
     os.kill(pid, signal.SIGSTOP)
     try:
+        for _ in range(1000):
+            if _all_stopped(pid):
+                break
+            threading.Event().wait(0.001)
         yield
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
+
+
+def _all_stopped(pid: int) -> bool:
+    states = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            states.append((task / "stat").read_text().rpartition(")")[2].split()[0])
+    return all(state in "TXZ" for state in states)
 
 
 def damage_segment(slot: Slot, control: Control, part: str, dice: random.Random) -> str:

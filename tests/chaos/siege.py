@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,12 +142,26 @@ class Siege:
 
         self.wait(reached, f"a step beyond {beyond.step}{' of a new generation' if restarted else ''}")
 
+    def await_copies(self, beyond: Mark) -> None:
+        """Until peers have every rank's copy of a newer step: nothing that sends or takes copies has died unseen."""
+
+        def there() -> bool:
+            held: dict[int, set[int]] = {}
+            for copy in self.instants.copies():
+                if copy.whole is not None and copy.whole.step > beyond.step:
+                    held.setdefault(copy.whole.step, set()).add(copy.whole.rank)
+            return any(len(ranks) == 2 * len(self.members()) for ranks in held.values())
+
+        self.wait(there, f"copies of a step beyond {beyond.step}")
+
     def await_supervisor(self) -> None:
         """Until the one that was started last has the run."""
 
         def there() -> bool:
             endpoint = self.run_dir.read_endpoint()
-            return endpoint is not None and self.job.process is not None and endpoint.pid == self.job.process.pid
+            process = self.job.process
+            alive = process is not None and process.poll() is None
+            return alive and endpoint is not None and process is not None and endpoint.pid == process.pid
 
         self.wait(there, "a supervisor that has the run")
 
@@ -163,8 +177,19 @@ class Siege:
                 node = self.dice.choice(self.members())
                 pid = self.agent_of(node)
                 return Strike(node, lambda: _kill(os.killpg, pid), True)
+            case "both nodes":
+                pids = [self.agent_of(node) for node in self.members()]
+                return Strike(" and ".join(self.members()), lambda: _kill_all(pids), True)
             case "supervisor":
                 return Strike("the supervisor", self._kill_supervisor, False)
+            case "supervisor and worker":
+                node, rank, pid = self._some_worker()
+
+                def both() -> None:
+                    self._kill_supervisor()
+                    _kill(os.kill, pid)
+
+                return Strike(f"the supervisor and worker {rank} on {node}", both, True)
             case _:
                 return Strike("everything", self.job.end, True)
 
@@ -231,6 +256,8 @@ class Siege:
         for record in records[self._rows_checked :]:
             found, right = row_of(record), self.reference.rows[record.step]
             assert found == right, f"step {record.step} of generation {record.generation} is {found}, not {right}"
+            anew = record.step == 1 and max(self.floor, self.bucket_floor) > (0, 0)
+            assert not anew, f"generation {record.generation} began anew, and there were snapshots"
         self._rows_checked = len(records)
 
     def check_state(self, age: Age) -> None:
@@ -252,6 +279,7 @@ class Siege:
 
     def remember_good(self) -> None:
         """Before a fault: what must still be there after it."""
+        self.check_rows()
         self.floor = max(self.floor, self.newest_good())
 
     def lower_floor(self) -> None:
@@ -300,6 +328,11 @@ def _kill(how: Callable[[int, int], None], pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         if pid > 0:
             how(pid, signal.SIGKILL)
+
+
+def _kill_all(sessions: Sequence[int]) -> None:
+    for pid in sessions:
+        _kill(os.killpg, pid)
 
 
 def _nothing() -> None:
