@@ -3,7 +3,8 @@
 A rank has at most two whole copies and one buffer. A push is written into the buffer, under a name that nothing reads,
 and takes a copy's name once all its bytes have verified; the copy that is then one too many becomes the next buffer,
 so that memory is allocated for the first pushes only. Where there is no room for a third file the older copy is the
-buffer; the newest whole copy is never touched.
+buffer; the newest whole copy is never touched. Of ranks whose copies go elsewhere by now, what a later generation has
+replaced makes room for others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import enum
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,6 +67,7 @@ class CopyStore:
         self._lock = threading.Lock()
         self._incoming: dict[int, Incoming] = {}
         self._oldest_generation = 0
+        self._kept_for: frozenset[int] | None = None
         self._closed = False
         dir.mkdir(parents=True, exist_ok=True)
         dir.chmod(0o700)
@@ -94,6 +96,10 @@ class CopyStore:
             if _whole(path, ref):
                 return path.rename(path.with_name(path.name.replace("copy", "taken")))
         return None
+
+    def keep_for(self, ranks: Collection[int]) -> None:
+        """Whose copies come here from now on. Until it is called, that may be anybody's."""
+        self._kept_for = frozenset(ranks)
 
     def forget_before(self, generation: int) -> None:
         """From now on take no push of an older generation, and cut those under way. Whole copies stay."""
@@ -183,19 +189,36 @@ class CopyStore:
     def _begin(self, incoming: Incoming, control: Control) -> None:
         incoming.end()
         buffer = self._buffer_path(control.rank)
-        try:
-            self._make_buffer(buffer, control.size_bytes)
-        except ValueError as error:
-            with self._lock:
-                older = self._refs(control.rank)[:-1]
-                if not older:
-                    raise CopyRefusedError(Refusal.NO_ROOM, str(error)) from error
-                self._copy_path(older[0]).replace(buffer)
+        for make_room in (self._drop_given_up, self._reuse_older, None):
             try:
                 self._make_buffer(buffer, control.size_bytes)
-            except ValueError as again:
-                raise CopyRefusedError(Refusal.NO_ROOM, str(again)) from again
+                break
+            except ValueError as error:
+                if make_room is None:
+                    raise CopyRefusedError(Refusal.NO_ROOM, str(error)) from error
+                make_room(control)
         incoming.begin(buffer, control)
+
+    def _drop_given_up(self, control: Control) -> None:
+        """Remove older generations' copies of ranks that send theirs elsewhere: a push of a later one shows that its
+        first step has begun, and that waits until those others have what it began with."""
+        with self._lock:
+            if self._kept_for is None:
+                return
+            kept_for = self._kept_for | {control.rank}
+            for ref in self._refs():
+                if ref.rank not in kept_for and ref.generation < control.generation:
+                    self._copy_path(ref).unlink(missing_ok=True)
+            for rank, incoming in self._incoming.items():
+                if rank not in kept_for and incoming.turn.acquire(blocking=False):
+                    incoming.end()
+                    self._buffer_path(rank).unlink(missing_ok=True)
+                    incoming.turn.release()
+
+    def _reuse_older(self, control: Control) -> None:
+        with self._lock:
+            for ref in self._refs(control.rank)[:-1][:1]:
+                self._copy_path(ref).replace(self._buffer_path(control.rank))
 
     def _make_buffer(self, buffer: Path, size_bytes: int) -> None:
         with self._lock:

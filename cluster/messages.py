@@ -139,8 +139,8 @@ class Wish(enum.StrEnum):
 class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order"):
     """The whole of what the supervisor wants. An agent with an older generation stops its workers.
 
-    copy_to: who keeps copies of this node's snapshots. gather: what to fetch before starting the plan's workers.
-    rejected: snapshots (generation, step) that must not be loaded.
+    copy_to: who keeps copies of this node's snapshots. keep_for: ranks whose copies this node keeps. gather: what to
+    fetch before starting the plan's workers. rejected: snapshots (generation, step) that must not be loaded.
     """
 
     ack_seq: int
@@ -148,6 +148,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order"):
     target_generation: int
     plan: Plan | None
     copy_to: tuple[str, ...] = ()
+    keep_for: tuple[int, ...] = ()
     gather: tuple[Sources, ...] = ()
     rejected: tuple[tuple[int, int], ...] = ()
 

@@ -34,6 +34,11 @@ class Placement:
         """Addresses of those who keep copies of this node's snapshots."""
         return tuple(self._known[holder][0] for holder in self._placed.get(node, ()))
 
+    def keep_for(self, node: str, ranks_per_node: int) -> tuple[int, ...]:
+        """Ranks whose copies a node keeps."""
+        kept = [place for place, member in enumerate(self._members) if node in self._placed.get(member, ())]
+        return tuple(place * ranks_per_node + local for place in kept for local in range(ranks_per_node))
+
     def sources(self, gather: Sequence[Gather], node: str, ranks: range) -> tuple[Sources, ...]:
         """What a node's ranks lack, with the addresses of those who have it; the node's own are left out."""
         return tuple(

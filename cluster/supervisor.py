@@ -257,6 +257,7 @@ class Supervisor:
                 target_generation=self.target_generation,
                 plan=self.plan,
                 copy_to=self.placement.copy_to(node),
+                keep_for=self.placement.keep_for(node, self.config.cluster.ranks_per_node),
                 gather=self.placement.sources(self.gather, node, ranks_of(node, self.plan)),
                 rejected=self.state.rejected,
             ),

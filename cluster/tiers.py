@@ -90,6 +90,7 @@ class NodeTiers:
     def obey(self, order: Order) -> None:
         """The supervisor spoke: copies go to these, and are taken of no history older than the plan's."""
         self.replicator.send_to(order.copy_to)
+        self.copies.keep_for(order.keep_for)
         if order.plan is not None:
             plan = order.plan
             self.copies.forget_before(plan.ram_generation if plan.ram_step >= 0 else plan.generation)

@@ -190,6 +190,26 @@ def test_without_room_for_a_third_file_the_older_copy_makes_room(
     assert steps(store) == [4, 5]
 
 
+def test_copies_that_go_elsewhere_by_now_make_room(small_disk: Path, tmp_path: Path) -> None:
+    """Promise: who keeps whose copies may change; what is left of before does not keep the new ones out.
+
+    Not before a later generation has begun, though, nor what belongs to ranks that are still kept for.
+    """
+    store = CopyStore(small_disk / "copies")
+    store.keep_for([1, 2])
+    for rank in (1, 2):
+        for step in (1, 2):
+            send(store, shard_in(tmp_path, 20_000, step=step, rank=rank))
+    store.keep_for([1, 3])
+    with pytest.raises(CopyRefusedError) as refused:
+        send(store, shard_in(tmp_path, 20_000, step=2, rank=3))
+    assert refused.value.refusal is Refusal.NO_ROOM
+    for step in (3, 4):
+        send(store, shard_in(tmp_path, 20_000, step=step, rank=3, generation=2))
+    assert [(held.rank, held.step) for held in store.held()] == [(1, 1), (1, 2), (3, 3), (3, 4)]
+    store.close()
+
+
 def test_an_older_generation_is_dropped(tmp_path: Path, store: CopyStore) -> None:
     """Also one that is half here, and one whose last byte comes after the fence."""
     shard = shard_in(tmp_path, 5000, generation=3)

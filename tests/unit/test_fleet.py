@@ -147,6 +147,7 @@ def test_orders_name_addresses_and_forget_the_dead() -> None:
     placement = Placement(1)
     placement.update(["a", "b"], views)
     assert (placement.copy_to("a"), placement.copy_to("b"), placement.copy_to("c")) == (("b:1",), ("c:1",), ())
+    assert [placement.keep_for(node, 2) for node in ("a", "b", "c")] == [(), (0, 1), (2, 3)]
     assert placement.sources((Gather(1, ("c", "a")),), "a", range(2))[0].addresses == ("c:1",)
     del views["c"]
     placement.update(["a", "b"], views)
