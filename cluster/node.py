@@ -60,6 +60,8 @@ class Node:
 
     def take_inventory(self) -> Sequence[HeldInfo]:
         """The shards on this node, verified; called only while no worker runs."""
+        # What the last ones had to say comes before the next plan: it may name no snapshot that they found to be wrong.
+        self.forward_facts()
         return self.tiers.inventory()
 
     def worker_argument(self, plan: Plan) -> str:
