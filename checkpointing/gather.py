@@ -19,6 +19,7 @@ from checkpointing.checksum import CHUNK_BYTES, Checksum
 from checkpointing.copies import CopyStore, Located
 from checkpointing.disk import write_all
 from checkpointing.layout import ShardRef, SnapshotDamagedError
+from checkpointing.ratelimit import never
 from checkpointing.segment import CONTROL_BYTES, Control, read_control, write_control
 from checkpointing.store import NodeStore
 from checkpointing.transfer_client import TransferClient, TransferError
@@ -45,13 +46,17 @@ class Gathered(msgspec.Struct, frozen=True):
 
 
 class Gatherer:
-    """Fills the slots of a node. scratch: a folder in the same file system as the slots."""
+    """Fills the slots of a node. scratch: a folder in the same file system as the slots. stop: whether nobody needs it
+    any more, asked between pieces that peers send."""
 
-    def __init__(self, store: NodeStore, copies: CopyStore, key: bytes, scratch: Path) -> None:
+    def __init__(
+        self, store: NodeStore, copies: CopyStore, key: bytes, scratch: Path, stop: Callable[[], bool] = never
+    ) -> None:
         self.store = store
         self.copies = copies
         self.key = key
         self.scratch = scratch
+        self.stop = stop
 
     def gather(self, needs: Sequence[Need], done: Callable[[Gathered], None]) -> None:
         """Bring in all of them, in parallel; `done` hears of each as it ends, in other threads."""
@@ -84,7 +89,7 @@ class Gatherer:
                 return "this node's disk", path, _publish(path, located.control)
         problems = []
         for address in need.addresses:
-            with contextlib.closing(TransferClient(self.key)) as client:
+            with contextlib.closing(TransferClient(self.key, stop=self.stop)) as client:
                 try:
                     control = client.fetch(address, need.ref, path, CONTROL_BYTES)
                 except TransferError as error:

@@ -56,7 +56,7 @@ class NodeTiers:
         self.copies = CopyStore(copies_dir(ram_dir))
         self.server = TransferServer(state.host, key, self.find, self.copies)
         self.replicator = Replicator(segments, key, policy.peer_interval_steps, limit, self._on_copies)
-        self.gatherer = Gatherer(self.store, self.copies, key, ram_dir)
+        self.gatherer = Gatherer(self.store, self.copies, key, ram_dir, state.wants_restart)
         self.persister = Persister(self.store, self._on_store)
         self.uploads = _uploads(run_dir.path, config, self.note)
 
