@@ -123,15 +123,16 @@ class Repairer:
             return path
         problems = [problem]
         for source in self.sources:
-            failure = ""
+            failure, into = "", ""
             for folder in self._folders(manifest.step, in_place and not self.elsewhere):
                 try:
-                    found = self._fetch(source, manifest, shard, folder())
+                    into = f" to {(place := folder())}"
+                    found = self._fetch(source, manifest, shard, place)
                 except (SourceError, SnapshotDamagedError) as error:
                     failure = str(error)
                     break
                 except OSError as error:  # the folder's, most likely: another may take it
-                    failure = words(error)
+                    failure = f"not copied{into}: {words(error)}"
                     continue
                 self.elsewhere = self.elsewhere or found != path
                 self._tell(manifest, shard, source, problem, found == path)

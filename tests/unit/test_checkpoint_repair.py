@@ -294,6 +294,14 @@ def test_a_full_run_directory_does_not_stop_a_pull(tmp_path: Path, run: OneRank,
     assert not [p for p in small_disk.rglob("*") if p.is_file() and p.name != "hog"]
 
 
+def test_a_full_run_directory_is_named_and_not_the_source(tmp_path: Path, run: OneRank, small_disk: Path) -> None:
+    (small_disk / "hog").write_bytes(b"x" * 90_000)
+    far = RunSource(tmp_path / "backup")
+    [problem] = pull_snapshot(small_disk, 20, far, [], lambda repair: None, lambda done, total: None)
+    assert f"{far.name}: not copied to {small_disk}/checkpoints/step-20: No space left on device" in problem
+    assert not (disk.step_dir(small_disk, 20) / MANIFEST_NAME).exists()
+
+
 def test_what_a_killed_load_left_is_removed_by_the_next(tmp_path: Path, frozen: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
