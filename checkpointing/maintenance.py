@@ -80,8 +80,12 @@ def push_snapshot(run_dir: Path, step: int, bucket: Bucket, progress: Callable[[
         ValueError: if the bucket has something newer in its place.
         SourceError: if the bucket cannot be reached.
     """
+    from checkpointing.s3_commit import final_problem
+
     data = _manifest_bytes(run_dir, step)
     manifest = disk.read_manifest(run_dir, step)
+    if refused := final_problem(bucket, manifest, data):
+        raise ValueError(refused)
     count = Progress(progress)
     for shard in manifest.shards:
         count.expect(shard.size_bytes)
@@ -101,6 +105,14 @@ def last_good_is_among(run_dir: Path, steps: Collection[int]) -> bool:
     """Whether no snapshot that verifies would be left without these. Reads until it finds one."""
     rest = [info.step for info in list_snapshots(run_dir) if info.step not in steps and not info.problem]
     return not any(verify_snapshot(run_dir, step) == [] for step in rest)
+
+
+def last_good_in_bucket_is_among(bucket: Bucket, steps: Collection[int]) -> bool:
+    """Whether no snapshot whose shards are all there would be left in a bucket without these. SourceError."""
+    from checkpointing.s3_commit import missing_shards
+
+    rest = [manifest for step, manifest in bucket.manifests().items() if step not in steps]
+    return all(missing_shards(bucket, manifest) for manifest in rest)
 
 
 def remove_snapshots(run_dir: Path, steps: Collection[int]) -> None:

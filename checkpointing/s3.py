@@ -157,10 +157,13 @@ class Bucket:
         return self.objects.listing("" if step is None else step_dir_name(step) + "/")
 
     def remove(self, step: int) -> None:
-        """Remove a snapshot: the manifest first, so that a removal cut short leaves no snapshot behind."""
+        """Remove a snapshot: the manifest first, so that a removal cut short leaves no snapshot behind. Somebody
+        else's objects beside it stay."""
         self.objects.delete(manifest_name(step))
+        folder = object_name(step, "")
+        shards = [name for name in self.files(step) if parse_shard_name(name.removeprefix(folder))]
         with ThreadPoolExecutor(self.settings.connections) as pool:
-            list(pool.map(self.objects.delete, self.files(step)))
+            list(pool.map(self.objects.delete, shards))
 
     def abort_leftovers(self, ranks: Collection[int], older_than_s: float) -> int:
         """Abort multipart uploads of these ranks' shards that were begun that long ago; returns how many.

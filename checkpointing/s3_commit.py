@@ -72,6 +72,17 @@ def _withdraw_if_late(bucket: Bucket, manifest: Manifest) -> Refusal | None:
     return Refusal(problem, final=True)
 
 
+def final_problem(bucket: Bucket, manifest: Manifest, data: bytes) -> str:
+    """Why `data` would be refused for good whatever is uploaded, "" if it would not: to ask before uploading. S3Error.
+
+    Only a look: commit_manifest decides.
+    """
+    if problem := newer_generation(manifest.generation, bucket.committed()):
+        return problem
+    there = bucket.objects.get(manifest_name(manifest.step))
+    return "" if there is None or there.data == data else occupied(manifest, there)
+
+
 def newer_generation(generation: int, committed: list[tuple[int, int]]) -> str:
     """Why a generation may not commit any more, "" if it may."""
     newest = max(committed, default=(-1, -1))[0]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +15,7 @@ from rich.filesize import decimal
 from tyro.conf import Positional, subcommand
 
 from cluster.cli_snapshots import (
+    bucket_of,
     bytes_bar,
     check_step,
     chosen_steps,
@@ -158,9 +163,23 @@ def run_checkpoint(command: Any, overrides: Sequence[str]) -> int:
     from checkpointing.sources import SourceError
 
     try:
-        return _COMMANDS[type(command)](command, overrides)
+        with tidy_when_terminated():
+            return _COMMANDS[type(command)](command, overrides)
     except (SourceError, SnapshotDamagedError) as error:
         raise OSError(str(error)) from error
+
+
+@contextlib.contextmanager
+def tidy_when_terminated() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: half-written folders and files go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _verify(command: Verify, _overrides: Sequence[str]) -> int:
@@ -238,7 +257,7 @@ def _push(command: Push, _overrides: Sequence[str]) -> int:
 
 
 def _rm(command: Rm, _overrides: Sequence[str]) -> int:
-    from checkpointing.maintenance import last_good_is_among, remove_snapshots
+    from checkpointing.maintenance import last_good_in_bucket_is_among, last_good_is_among, remove_snapshots
     from cluster.rundir import find_run
 
     run_dir = find_run(command.run, command.dir)
@@ -249,8 +268,11 @@ def _rm(command: Rm, _overrides: Sequence[str]) -> int:
         raise ValueError(f"{place} has no snapshot of step {unknown[0]}; it has {name_steps(known)}")
     if not command.steps:
         raise ValueError(f"name the steps to remove; {place} has {name_steps(known)}")
-    left = set(known) - set(command.steps)
-    if not command.force and (not left if bucket else last_good_is_among(run_dir.path, command.steps)):
+    if not command.force and (
+        last_good_in_bucket_is_among(bucket, command.steps)
+        if bucket
+        else last_good_is_among(run_dir.path, command.steps)
+    ):
         raise ValueError(f"no good snapshot would be left in {place}: keep one, or add --force")
     if not command.yes:
         raise ValueError(
@@ -310,6 +332,12 @@ def _import(command: Import, overrides: Sequence[str]) -> int:
 
     config = load_job(command.config, overrides)
     run_dir = RunDir.of(config)
+    bucket = bucket_of(config, run_dir)
+    if bucket is not None and (there := [step for _, step in bucket.committed()]):
+        raise ValueError(
+            f"S3 has snapshots of a run {run_dir.path.name} already, {name_steps(there)}, and a job would go on from "
+            "them: import into a run of another name"
+        )
     with stages_bar() as progress:
         if command.format == "hf":
             from checkpointing.import_hf import import_hf

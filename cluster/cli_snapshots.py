@@ -37,6 +37,15 @@ def find_bucket(run_dir: RunDir, url: str, endpoint: str, must: bool) -> Bucket 
     return Bucket(settings, run_dir.path.name)
 
 
+def bucket_of(config: JobConfig, run_dir: RunDir) -> Bucket | None:
+    """The bucket of a run that need not be there yet; None if it has none."""
+    if not config.s3.bucket:
+        return None
+    from checkpointing.s3 import Bucket
+
+    return Bucket(config.s3, run_dir.path.name)
+
+
 def _settings(config: JobConfig, url: str, endpoint: str) -> S3Config:
     if not url:
         if endpoint:

@@ -84,6 +84,51 @@ def test_rm_in_the_bucket_keeps_the_last_one(run: Path, capsys: pytest.CaptureFi
     assert disk.committed_steps(run) == [20, 10], "the run directory is another place"
 
 
+def test_rm_in_the_bucket_counts_only_what_is_whole_and_removes_only_ours(
+    run: Path, s3: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 10 has lost a shard there: it is no reason to let step 20 go."""
+    for step in ("10", "20"):
+        assert checkpoint("push", "run", "--step", step) == 0
+    client, bucket = s3.client(), load_job(run / "config.toml").s3.bucket
+    keys = [entry["Key"] for entry in client.list_objects_v2(Bucket=bucket)["Contents"]]
+    [lost] = [key for key in keys if key.endswith("step-10/g1-rank00000.safetensors")]
+    client.delete_object(Bucket=bucket, Key=lost)
+    assert checkpoint("rm", "run", "20", "--where", "s3", "--yes") == 2
+    assert "no good snapshot would be left in S3" in capsys.readouterr().err
+    note = lost.replace("g1-rank00000.safetensors", "a note")
+    client.put_object(Bucket=bucket, Key=note, Body=b"of somebody else")
+    assert checkpoint("rm", "run", "10", "--where", "s3", "--yes") == 0
+    left = [entry["Key"] for entry in client.list_objects_v2(Bucket=bucket)["Contents"]]
+    assert [key for key in left if "step-10" in key] == [note]
+
+
+def test_a_push_that_would_be_refused_sends_nothing(
+    run: Path, s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = shutil.copytree(run / "checkpoints", tmp_path / "kept")
+    OneRank(tmp_path, seed=2, generation=2).persist(20)
+    assert checkpoint("push", "run", "--step", "20") == 0
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(kept, run / "checkpoints")
+    assert checkpoint("push", "run", "--step", "10") == 2
+    assert "S3 has snapshots of generation 2: generation 1 may not commit any more" in capsys.readouterr().err
+    bucket = load_job(run / "config.toml").s3.bucket
+    assert not [e for e in s3.client().list_objects_v2(Bucket=bucket)["Contents"] if "g1-" in e["Key"]]
+
+
+def test_nothing_is_imported_beside_snapshots_in_the_bucket(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job would go on from those, and the import would never be looked at."""
+    assert checkpoint("push", "run", "--step", "20") == 0
+    config = (run / "config.toml").rename(tmp_path / "job.toml")
+    shutil.rmtree(run)
+    command = ["checkpoint", "import", "nowhere", str(config), "--format", "hf", "--run.dir", str(tmp_path)]
+    assert dispatch(command) == 2
+    assert "S3 has snapshots of a run run already, step 20" in capsys.readouterr().err
+
+
 def test_an_unreachable_bucket_is_said_and_the_rest_is_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     away = ("--s3", "s3://bucket/prefix", "--endpoint", "http://127.0.0.1:9")
     assert checkpoint("ls", "run", *away) == 1

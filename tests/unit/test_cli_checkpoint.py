@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,11 @@ from hypothesis import strategies as st
 from checkpointing import disk
 from checkpointing.compare import Finding, compare_snapshots, pieces
 from checkpointing.segment import PersistTo
+from checkpointing.staged import staged_folder
 from checkpointing.store import NodeStore
 from checkpointing.verify import verify_snapshot
 from cluster.cli import dispatch
+from cluster.cli_checkpoint import tidy_when_terminated
 from cluster.rundir import RunDir
 from configs.load import load_job, resolve_toml
 from tests.checkpoint_helpers import OneRank, flip_byte
@@ -253,3 +256,17 @@ def test_exports_and_imports_that_cannot_be_say_why(
         assert dispatch(["checkpoint", "import", "nothing", "debug_dense", "--format", kind, "--run.name", "new"]) == 2
         assert "nothing" in capsys.readouterr().err
     assert not (tmp_path / "runs/new/config.toml").exists()
+
+
+def test_a_command_that_is_terminated_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """As after Ctrl-C: an export's hidden folder may be as large as the model."""
+
+    def export() -> None:
+        with tidy_when_terminated(), staged_folder(tmp_path / "out") as folder:
+            (folder / "weights").write_bytes(bytes(1000))
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        export()
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
