@@ -67,6 +67,7 @@ class CopyStore:
         self._lock = threading.Lock()
         self._incoming: dict[int, Incoming] = {}
         self._oldest_generation = 0
+        self._begun = ((-1, -1), 0)
         self._kept_for: frozenset[int] | None = None
         self._closed = False
         dir.mkdir(parents=True, exist_ok=True)
@@ -108,6 +109,23 @@ class CopyStore:
             for incoming in self._incoming.values():
                 if incoming.control and incoming.control.generation < self._oldest_generation:
                     incoming.cut()
+
+    def go_on_from(self, base: tuple[int, int], generation: int) -> None:
+        """A generation begins with the snapshot of age `base`: what older ones had beyond it is dropped and refused.
+
+        It would take the place of what is needed: a keeper has two copies of a rank.
+        """
+        with self._lock:
+            if self._begun == (base, generation):
+                return
+            self._begun = (base, generation)
+            for ref in self._refs():
+                if self._is_given_up((ref.generation, ref.step)):
+                    self._copy_path(ref).unlink(missing_ok=True)
+
+    def _is_given_up(self, age: tuple[int, int]) -> bool:
+        base, generation = self._begun
+        return age[0] < generation and age > base
 
     def close(self) -> None:
         """Take no more, cut what is under way, and remove every file from shared memory."""
@@ -178,6 +196,8 @@ class CopyStore:
         if control.generation < self._oldest_generation:
             reason = f"generation {control.generation} is over, {self._oldest_generation} has begun"
             raise CopyRefusedError(Refusal.OLD, reason)
+        if self._is_given_up(control.age):
+            raise CopyRefusedError(Refusal.OLD, f"step {control.step} was given up: it is made anew")
 
     def _check_wanted(self, control: Control) -> None:
         with self._lock:

@@ -76,6 +76,7 @@ class Replicator:
         self._targets_lock = threading.Lock()
         self._sent: dict[int, tuple[tuple[int, int], frozenset[str]]] = {}
         self._resting: dict[tuple[int, str], _Rest] = {}
+        self._begun = (_NO_AGE, 0)
         self._behind = False
         self._failing_since_s = 0.0
         self._stop = threading.Event()
@@ -94,6 +95,10 @@ class Replicator:
                 for _, path, _ in self._newest():
                     with _opened(path) as fd:
                         write_settled(fd, _NO_AGE)
+
+    def go_on_from(self, base: tuple[int, int], generation: int) -> None:
+        """A generation begins with the snapshot of age `base`: what older ones had beyond it is not sent any more."""
+        self._begun = (base, generation)
 
     def start(self) -> None:
         """Begin."""
@@ -130,13 +135,14 @@ class Replicator:
             self._say([event for event in events if event is not None])
 
     def _newest(self) -> list[tuple[int, Path, Control]]:
-        """(local rank, slot, control) of each local rank's newest whole snapshot."""
+        """(local rank, slot, control) of each local rank's newest whole snapshot that was not given up."""
+        base, generation = self._begun
         found: dict[int, tuple[Path, Control]] = {}
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self.ram_dir):
                 parsed = parse_segment_name(name)
                 control = None if parsed is None or name.endswith(".tmp") else _control(self.ram_dir / name)
-                if parsed is None or control is None:
+                if parsed is None or control is None or (control.generation < generation and control.age > base):
                     continue
                 known = found.get(parsed[0])
                 if known is None or known[1].age < control.age:

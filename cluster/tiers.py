@@ -93,7 +93,11 @@ class NodeTiers:
         self.copies.keep_for(order.keep_for)
         if order.plan is not None:
             plan = order.plan
+            base = (plan.ram_generation, plan.ram_step)
+            self.replicator.go_on_from(base, plan.generation)
             self.copies.forget_before(plan.ram_generation if plan.ram_step >= 0 else plan.generation)
+            if plan.ram_step >= 0:
+                self.copies.go_on_from(base, plan.generation)
 
     def begin(self, plan: Plan, order: Order) -> None:
         """Before the plan's workers start: bring into memory what they lack, and see to this node's part of uploads."""

@@ -210,6 +210,18 @@ def test_copies_that_go_elsewhere_by_now_make_room(small_disk: Path, tmp_path: P
     store.close()
 
 
+def test_what_was_given_up_does_not_take_the_place_of_what_is_needed(tmp_path: Path, store: CopyStore) -> None:
+    """Promise: one rank may be a step ahead when another fails, twice in a row; what all go on from stays here."""
+    for step in (6, 7, 8):
+        send(store, shard_in(tmp_path, 5000, step=step))
+    for generation in (2, 3):
+        store.go_on_from((1, 7), generation)
+        with pytest.raises(CopyRefusedError, match="step 8 was given up"):
+            send(store, shard_in(tmp_path, 5000, step=8, generation=generation - 1))
+        send(store, shard_in(tmp_path, 5000, step=8, generation=generation))
+        assert [(held.generation, held.step) for held in store.held()] == [(1, 7), (generation, 8)]
+
+
 def test_an_older_generation_is_dropped(tmp_path: Path, store: CopyStore) -> None:
     """Also one that is half here, and one whose last byte comes after the fence."""
     shard = shard_in(tmp_path, 5000, generation=3)

@@ -115,6 +115,21 @@ def test_a_new_keeper_is_waited_for(tmp_path: Path) -> None:
             assert has(new, 1)
 
 
+def test_what_was_given_up_is_not_sent(tmp_path: Path) -> None:
+    """Promise: a new keeper gets the state that all go on from, not one rank's step beyond it."""
+    slots, events = Slots(tmp_path / "slots"), list[CopyEvent]()
+    with a_node(tmp_path / "node") as node:
+        base, _ = slots.stage(1), slots.stage(2)
+        with replicating(slots, (), events) as replicator:
+            replicator.go_on_from((1, 1), 2)
+            replicator.send_to((node.address,))
+            until(lambda: has(node, 1) and settled(base) == (1, 1))
+            assert not has(node, 2)
+            slots.stage(2, generation=2)
+            until(lambda: node.copies.find(ShardRef(2, 2, 0)) is not None)
+    assert events == []
+
+
 def test_a_keeper_that_recovers_gets_what_it_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise: falling behind and catching up are each said once, and what was missed is sent."""
     monkeypatch.setattr("checkpointing.replicator._BEHIND_S", 0.1)
