@@ -56,8 +56,8 @@ class Besieger:
         siege = self.siege
         siege.remember_good()
         mark = siege.mark()
-        kinds = (self.kill, self.kill_twice, self.damage, self.outage, self.bucket_outage)
-        self.dice.choices(kinds, weights=(4, 2, 5, 3, 2))[0]()
+        kinds = (self.kill, self.kill_twice, self.damage, self.damage_memory, self.outage, self.bucket_outage)
+        self.dice.choices(kinds, weights=(4, 2, 3, 3, 3, 2))[0]()
         siege.await_copies(mark)
         siege.check()
 
@@ -111,59 +111,63 @@ class Besieger:
     # Damage -------------------------------------------------------------------------------------------------------
 
     def damage(self) -> None:
-        """Damage something that lies somewhere, and most of the time have it needed."""
+        """Damage something that lies on a disk or in the bucket, and most of the time have it needed."""
         siege = self.siege
         places: Sequence[Callable[[], str]] = (
-            self._damage_slot, self._damage_copy, self._damage_run, self._damage_run, self._damage_node_disk,
+            self._damage_run, self._damage_run, self._damage_node_disk,
             self._damage_bucket, self._lose_run,
         )  # fmt: skip
         mark = siege.mark()
+        strike = siege.aim(self.dice.choice(_MEMORY_LOST if self.dice.random() < 0.6 else _TARGETS))
         words = ""
         while not words and not siege.done:
             words = self.dice.choice(places)()
             siege.tend()
         siege.tell(words)
-        lost = siege.floor == (-1, -1)
-        if lost and self.dice.random() < 0.5:
+        if siege.floor == (-1, -1) and self.dice.random() < 0.5:
             self._begin_bucket_outage()
-        if self.dice.random() < 0.7:
-            strike = siege.aim(self.dice.choice(_MEMORY_LOST if lost else _TARGETS))
-            siege.tell(f"  then {siege.strike(strike, 'anything', None)}")
-            siege.await_step(mark, strike.restarts)
-        else:
-            siege.await_step(mark, False)
+        struck = self.dice.random() < 0.7
+        if struck:
+            threading.Event().wait(self.dice.choice([0.0, 0.3]) * self.dice.random())
+            strike.act()
+            siege.tell(f"  then {strike.name} killed")
+        siege.await_step(mark, struck and strike.restarts)
         siege.lift()
         siege.await_supervisor()
 
-    def _damage_slot(self) -> str:
-        """A bit of one of a rank's own snapshots in memory, the newest more often than an older one."""
-        slots = [slot for slot in self.siege.instants.slots() if slot.whole and slot.node in self.siege.members()]
-        if not slots:
-            return ""
-        slot = self._pick(slots)
-        control = slot.whole
-        assert control is not None
-        pid = self.siege.process_of(slot.node, control.rank)
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError), paused(pid):
-            return damage_segment(slot, control, self.dice.choice(_PARTS), self.dice)
-        return ""
+    def damage_memory(self) -> None:
+        """A bit of what would be loaded: a rank's newest snapshot in memory, or its newest copy on a peer. All workers
+        stand still while it is damaged, and never move again: it is still the newest when all go on from it."""
+        siege = self.siege
+        members = siege.members()
+        ranks = {rank: members[rank // 2] for rank in range(2 * len(members))}
+        pids = [siege.process_of(node, rank) for rank, node in ranks.items()]
+        victim = self.dice.choice(sorted(ranks))
+        of_copy = self.dice.random() < 0.5
+        strike = siege.aim_at_node(ranks[victim]) if of_copy else siege.aim(self.dice.choice(["worker"] * 3 + ["node"]))
+        mark = siege.mark()
+        words = ""
+        with contextlib.suppress(ProcessLookupError), contextlib.ExitStack() as stack:
+            for pid in pids:
+                stack.enter_context(paused(pid))
+            threading.Event().wait(self.dice.choice([0.0, 0.05, 0.2]))  # the newest copies may be on their way
+            found = siege.instants.copies() if of_copy else siege.instants.slots()
+            words = self._flip([slot for slot in found if slot.whole and slot.whole.rank == victim])
+            strike.act()
+        siege.tell(f"{words or 'nothing'}; then {strike.name} killed")
+        siege.await_step(mark, strike.restarts)
+        siege.await_supervisor()
 
-    def _damage_copy(self) -> str:
-        """A bit of a copy in a peer's memory."""
-        copies = [slot for slot in self.siege.instants.copies() if slot.whole]
-        if not copies:
-            return ""
-        copy = self._pick(copies)
-        control = copy.whole
-        assert control is not None
-        agent = self.siege.agent_of(copy.node)
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError), paused(agent):
-            return damage_segment(copy, control, self.dice.choice(_PARTS), self.dice)
-        return ""
-
-    def _pick(self, slots: Sequence[Slot]) -> Slot:
+    def _flip(self, slots: Sequence[Slot]) -> str:
+        """A bit of the newest of them, or now and then of an older one."""
         newest_first = sorted(slots, key=lambda slot: slot.whole.age if slot.whole else (-1, -1), reverse=True)
-        return self.dice.choice(newest_first[:4] if self.dice.random() < 0.6 else newest_first)
+        if not newest_first:
+            return ""
+        slot = newest_first[0] if self.dice.random() < 0.8 else self.dice.choice(newest_first)
+        assert slot.whole is not None
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), paused(self.siege.agent_of(slot.node)):
+            return damage_segment(slot, slot.whole, self.dice.choice(_PARTS), self.dice)
+        return ""
 
     def _damage_run(self) -> str:
         """A shard or the manifest of a snapshot in the run directory; another good one stays."""

@@ -174,9 +174,7 @@ class Siege:
                 node, rank, pid = self._some_worker()
                 return Strike(f"worker {rank} on {node}", lambda: _kill(os.kill, pid), True)
             case "node":
-                node = self.dice.choice(self.members())
-                pid = self.agent_of(node)
-                return Strike(node, lambda: _kill(os.killpg, pid), True)
+                return self.aim_at_node(self.dice.choice(self.members()))
             case "both nodes":
                 pids = [self.agent_of(node) for node in self.members()]
                 return Strike(" and ".join(self.members()), lambda: _kill_all(pids), True)
@@ -192,6 +190,11 @@ class Siege:
                 return Strike(f"the supervisor and worker {rank} on {node}", both, True)
             case _:
                 return Strike("everything", self.job.end, True)
+
+    def aim_at_node(self, node: str) -> Strike:
+        """A certain one."""
+        pid = self.agent_of(node)
+        return Strike(node, lambda: _kill(os.killpg, pid), True)
 
     def strike(self, strike: Strike, instant: str, look: Callable[[], bool] | None) -> str:
         """Kill at an instant, or at any time if there is nothing to look for; returns what was done, in words."""
