@@ -181,6 +181,9 @@ class NodeElasticAgent(LocalElasticAgent):
         worker_group.spec.args = (self._worker_argument(plan),)
         self._semaphores_linked = True
         started = super()._start_workers(worker_group)
+        for process in self._processes():
+            # Torch elastic, where it notices a death first, would give the others 30 s after a SIGTERM.
+            process.terminate = process.kill  # type: ignore[method-assign]
         # Torch elastic's own handler, set just now, would end the workers without a word.
         signal.signal(signal.SIGTERM, lambda *_: self._on_term())
         return started
@@ -192,22 +195,29 @@ class NodeElasticAgent(LocalElasticAgent):
         super()._shutdown(signal.SIGKILL, timeout)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        deaths = [
-            WorkerDeath(i, code if code > 0 else None, -code if code < 0 else None)
-            for i, process in enumerate(self._processes())
-            if (code := process.exitcode)
-        ]
+        deaths = [_death(i, code) for i, process in enumerate(self._processes()) if (code := process.exitcode)]
         if self._semaphores_linked and self._all_begun():
             _unlink_semaphores()
             self._semaphores_linked = False
         if not deaths:
-            return super()._monitor_workers(worker_group)
+            result = super()._monitor_workers(worker_group)
+            # A worker may die between our look and torch elastic's own, which ends the others too.
+            self._report_failures(result)
+            return result
         self._on_deaths(deaths)
         self._stop_workers(worker_group)
         return RunResult(state=WorkerState.FAILED)
 
+    def _report_failures(self, result: RunResult) -> None:
+        if result.failures:
+            self._on_deaths([_death(failure.local_rank, failure.exitcode) for failure in result.failures.values()])
+
     def _exit_barrier(self) -> None:
         """The supervisor knows when all nodes are done; a barrier would only tie them to a store that may be gone."""
+
+
+def _death(local_rank: int, exit_code: int) -> WorkerDeath:
+    return WorkerDeath(local_rank, exit_code if exit_code > 0 else None, -exit_code if exit_code < 0 else None)
 
 
 def _unlink_semaphores() -> None:
