@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from checkpointing.compare import Finding, compare_snapshots
 from checkpointing.manager import SnapshotManager
+from checkpointing.segment import PersistTo
 from checkpointing.store import NodeStore, StoreEventKind
 from checkpointing.verify import verify_snapshot
 from parallelism.mesh import World
@@ -33,12 +34,16 @@ def whole(kind: str) -> Tensor:
 
 def sharded(kind: str, dim: int, world: World, replicas: int) -> DTensor:
     """This rank's part, on a mesh of `replicas` copies of a split over the rest."""
-    mesh = init_device_mesh("cpu", (replicas, world.world_size // replicas), mesh_dim_names=("dp_replicate", "dp_shard"))
+    mesh = init_device_mesh(
+        "cpu", (replicas, world.world_size // replicas), mesh_dim_names=("dp_replicate", "dp_shard")
+    )
     parts = whole(kind).view(torch.uint8).chunk(mesh.size(1), dim)
     rank = mesh.get_local_rank("dp_shard")
     local = parts[rank].contiguous().view(KINDS[kind])
     placed = (Replicate(), Shard(dim))
-    return DTensor.from_local(local, mesh, placed, run_check=False, shape=(ROWS, COLUMNS), stride=(COLUMNS, 1))
+    return DTensor.from_local(
+        local, mesh, placed, run_check=False, shape=torch.Size((ROWS, COLUMNS)), stride=(COLUMNS, 1)
+    )
 
 
 def states(world: World, replicas: int) -> dict[str, Tensors]:
@@ -64,7 +69,7 @@ def save(world: World, replicas: int, folder: str, generation: int, step: int) -
 
 
 def commit(world: World, made: SnapshotManager, folder: str, step: int) -> None:
-    made.stage(step, True, {})
+    made.stage(step, PersistTo.RUN, {})
     made.wait()
     store = NodeStore(made.ram_dir, Path(folder) / "run")
     assert [event.kind for event in store.persist_pending()] == [StoreEventKind.PERSISTED]
