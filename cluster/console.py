@@ -128,7 +128,7 @@ def _describe_fact(event: events.WorkersReported) -> str:
     match fact.kind:
         case FactKind.LOADED:
             return f"state of step {fact.step} loaded {escape(fact.detail)} in {fact.seconds:.2f} s"
-        case FactKind.SNAPSHOT_REJECTED:
+        case FactKind.SNAPSHOT_REJECTED | FactKind.MEMORY_REJECTED:
             return f"[bold red]snapshot of step {fact.step} rejected[/]: {escape(fact.detail)}"
         case FactKind.SNAPSHOT_FAILED:
             return f"[bold red]snapshot not saved[/]: {escape(fact.detail)}; training goes on"

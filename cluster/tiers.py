@@ -85,7 +85,7 @@ class NodeTiers:
 
     def find(self, ref: ShardRef) -> Located | None:
         """Where a shard that a peer asks for lies on this node."""
-        return self.store.find(ref) or self.copies.find(ref)
+        return self.copies.find(ref) or self.store.find(ref)
 
     def obey(self, order: Order) -> None:
         """The supervisor spoke: copies go to these, and are taken of no history older than the plan's."""

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a real S3 server, started once for the session by the first test that asks for it."""
+"""For all tests: hypothesis without a clock, and a real S3 server, started once for the session by the first test that asks for it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:  # boto3 is slow to import, and most tests do without
     from tests.faultproxy import FaultProxy
     from tests.s3server import S3Server
+
+
+# What is tested is whether code is right; how long an example takes depends on who else is on the machine.
+settings.register_profile("everstep", deadline=None)
+settings.load_profile("everstep")
 
 
 @pytest.fixture(scope="session")

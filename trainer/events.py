@@ -100,6 +100,7 @@ class FactKind(enum.StrEnum):
     LOADING = "loading"
     LOADED = "loaded"
     SNAPSHOT_REJECTED = "snapshot_rejected"
+    MEMORY_REJECTED = "memory_rejected"
     SNAPSHOT_COMMITTED = "snapshot_committed"
     SNAPSHOT_FAILED = "snapshot_failed"
     SNAPSHOT_DISTRUSTED = "snapshot_distrusted"

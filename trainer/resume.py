@@ -55,7 +55,9 @@ def resume(context: RankContext, snapshots: SnapshotManager, far: SnapshotSource
     start, teller = context.start, _Progress(context)
 
     def rejected(rejection: Rejection) -> None:
-        context.note(FactKind.SNAPSHOT_REJECTED, f"{rejection.tier}: {rejection.reason}", step=rejection.step)
+        # What is wrong in memory says nothing about the run directory's snapshot of the same step.
+        kind = FactKind.MEMORY_REJECTED if rejection.tier == "ram" else FactKind.SNAPSHOT_REJECTED
+        context.note(kind, f"{rejection.tier}: {rejection.reason}", step=rejection.step)
 
     def repaired(repair: Repair) -> None:
         detail = f"{repair.file} fetched from {repair.source}, since {repair.reason}"
