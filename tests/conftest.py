@@ -1,4 +1,4 @@
-"""For all tests: hypothesis without a clock, and a real S3 server, started once for the session by the first test that asks for it."""
+"""For all tests: hypothesis without a clock, and a real S3 server, started by the first test that asks for it."""
 
 from __future__ import annotations
 
