@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import signal
 import sys
 import threading
@@ -350,7 +351,8 @@ def _import(command: Import, overrides: Sequence[str]) -> int:
     if not run_dir.config.exists():
         write_atomically(run_dir.config, resolve_toml(config).encode())
     make_console().print(
-        f"{command.source} is step {step} of {config.run.name}; `everstep run {command.config}` goes on from there",
+        f"{command.source} is step {step} of {config.run.name}; "
+        f"`{shlex.join(['everstep', 'run', command.config, *overrides])}` goes on from there",
         highlight=False,
     )
     return ExitCode.DONE

@@ -31,6 +31,7 @@ from checkpointing.imported import write_snapshot
 from checkpointing.layout import SnapshotDamagedError
 from checkpointing.staged import staged_folder
 from checkpointing.verify import list_snapshots, verify_snapshot
+from cluster.cli import dispatch
 from configs.schema import DataConfig, DataSet, JobConfig, ModelConfig, RunConfig, TrainingConfig
 from configs.tomltext import resolve_toml
 from parallelism.hf_names import hf_names
@@ -318,3 +319,16 @@ def test_progress_counts_bytes_up_to_the_whole(run_dir: Path, tmp_path: Path) ->
         done = [d for what, d, _ in seen if what == kind]
         assert done == sorted(done)
         assert done[-1] == next(total for what, _, total in reversed(seen) if what == kind)
+
+
+def test_the_import_command_names_the_command_that_goes_on(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its overrides: without them it would begin another run."""
+    export_hf(run_dir, 3, tmp_path / "hf", "float32", silent)
+    config = tmp_path / "job.toml"
+    config.write_text(resolve_toml(job()))
+    overrides = ["--run.name", "imported", "--run.dir", str(tmp_path)]
+    assert dispatch(["checkpoint", "import", str(tmp_path / "hf"), str(config), "--format", "hf", *overrides]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"`everstep run {config} --run.name imported --run.dir {tmp_path}` goes on from there" in said
