@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpointing import disk
+from checkpointing.blocks import PlainReader
 from checkpointing.flatten import DTYPES, LocalTensor
 from checkpointing.layout import Manifest, Shard, SnapshotDamagedError, TensorSlice, step_dir_name
 from checkpointing.reshard import NotCoveredError, Read, plan_reads
@@ -52,7 +53,7 @@ class SnapshotReader:
         dtype, shape = self.tensors[name]
         whole = LocalTensor(torch.empty(shape, dtype=dtype), self._wanted[name])
         for read in self._reads[name]:
-            copy_box(self._files[read.shard].fileno(), self.manifest.shards[read.shard], read, whole)
+            copy_box(PlainReader(self._files[read.shard].fileno()), self.manifest.shards[read.shard], read, whole)
         return whole.tensor
 
     def __enter__(self) -> SnapshotReader:

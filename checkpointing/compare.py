@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpointing import disk
+from checkpointing.blocks import PlainReader
 from checkpointing.flatten import DTYPES, LocalTensor
 from checkpointing.layout import Manifest, SnapshotDamagedError, TensorSlice, step_dir_name
 from checkpointing.repair import Progress
@@ -74,7 +75,7 @@ class _Side:
         except NotCoveredError as error:
             raise SnapshotDamagedError(f"{step_dir_name(self.manifest.step)}: {error}") from error
         for read in reads:
-            copy_box(self._fds[read.shard], self.manifest.shards[read.shard], read, local)
+            copy_box(PlainReader(self._fds[read.shard]), self.manifest.shards[read.shard], read, local)
         return local.tensor
 
 

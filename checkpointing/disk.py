@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from checkpointing.blocks import BlockDigests
 from checkpointing.checksum import CHUNK_BYTES, Checksum, checksum
 from checkpointing.layout import (
     MANIFEST_NAME,
@@ -199,8 +200,10 @@ def shard_problem(run_dir: Path, step: int, shard: Shard) -> str | None:
     return file_problem(step_dir(run_dir, step) / shard.file, shard)
 
 
-def file_problem(path: Path, shard: Shard, tick: Callable[[int], None] = lambda done_bytes: None) -> str | None:
-    """The same for a file anywhere. tick: hears how many more bytes have been read.
+def file_problem(
+    path: Path, shard: Shard, tick: Callable[[int], None] = lambda done_bytes: None, digests: BlockDigests | None = None
+) -> str | None:
+    """The same for a file anywhere. tick: hears how many more bytes have been read; digests: gets all of them.
 
     Plain reads and no mapping: a medium that fails is an OSError in words here, where a mapping would give SIGBUS.
     """
@@ -214,6 +217,8 @@ def file_problem(path: Path, shard: Shard, tick: Callable[[int], None] = lambda 
         try:
             while count := os.preadv(fd, [buffer[: shard.size_bytes - done]], done):
                 running.update(buffer[:count])
+                if digests is not None:
+                    digests.update(buffer[:count])
                 done += count
                 tick(count)
         finally:

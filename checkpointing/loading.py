@@ -251,26 +251,26 @@ class Loader:
         if ranks.rank == 0 and self._is_news(manifest):
             with suppress(OSError):  # a run directory that takes no file takes no shard either
                 disk.begin_pull(folder)
+        far = () if self.places.far is None else (self.places.far,)
+        repairer = Repairer(
+            self.places.run_dir, (*self.places.sources, *far), scratch, self.reports.repaired,
+            Progress(self.reports.progress),
+        )  # fmt: skip
         try:
-            whole = self._all_whole(manifest, candidate, scratch)
+            whole = self._all_whole(manifest, candidate, repairer)
         finally:
             if ranks.rank == 0:
                 disk.end_pull(folder)
         if whole is None:
             return None
         with torch.no_grad():
-            candidate.copy_into(target.flat.tensors, whole)
+            candidate.copy_into(target.flat.tensors, whole, repairer.digests)
         self._give_back(candidate.leaf)
         return _Found((manifest.generation, manifest.step), "disk", candidate.scalars)
 
-    def _all_whole(self, manifest: Manifest, candidate: DiskCandidate, scratch: Scratch) -> dict[int, Path] | None:
+    def _all_whole(self, manifest: Manifest, candidate: DiskCandidate, repairer: Repairer) -> dict[int, Path] | None:
         """Verified files of all shards that this rank needs, by number; None, on every rank, if some rank lacks one."""
         ranks = self.ranks
-        far = () if self.places.far is None else (self.places.far,)
-        repairer = Repairer(
-            self.places.run_dir, (*self.places.sources, *far), scratch, self.reports.repaired,
-            Progress(self.reports.progress),
-        )  # fmt: skip
         # Each rank looks after a part of the files, needed by it or not: all are then whole for whoever needs them.
         share = range(ranks.rank, len(manifest.shards), ranks.world_size)
         whole = self._paths(manifest, share, {}, repairer, in_place=True)

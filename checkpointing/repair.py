@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from checkpointing import disk
+from checkpointing.blocks import BlockDigests
 from checkpointing.layout import Manifest, Shard, SnapshotDamagedError, step_dir_name
 from checkpointing.marks import leave_mark, remove_mark
 from checkpointing.shardwriter import words
@@ -95,7 +96,7 @@ class Scratch:
 class Repairer:
     """Repairs shards of one run directory from `sources`, near ones first.
 
-    scratch: for what the run directory does not take; None: it must.
+    scratch: for what the run directory does not take; None: it must. digests: of every file that was found whole.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Repairer:
         self.repaired = repaired
         self.progress = progress
         self.elsewhere = False
+        self.digests: dict[Path, BlockDigests] = {}
 
     def make_whole(self, manifest: Manifest, shard: Shard, in_place: bool = True) -> Path:
         """A file that holds the shard and whose every byte has been read and is right.
@@ -118,7 +120,7 @@ class Repairer:
         """
         path = disk.step_dir(self.run_dir, manifest.step) / shard.file
         self.progress.expect(shard.size_bytes)
-        problem = disk.file_problem(path, shard, self.progress.add)
+        problem = self._problem(path, path, shard)
         if problem is None:
             return path
         problems = [problem]
@@ -156,7 +158,7 @@ class Repairer:
             self._watched(temporary, lambda: source.fetch(manifest.step, manifest.generation, shard, temporary))
             _sync_file(temporary)
             disk.drop_cached(temporary)
-            if problem := disk.file_problem(temporary, shard, self.progress.add):
+            if problem := self._problem(temporary, path, shard):
                 raise SnapshotDamagedError(f"what came is not the shard ({problem})")
             temporary.replace(path)
         except BaseException:
@@ -168,6 +170,14 @@ class Repairer:
             with contextlib.suppress(OSError):  # without it, it will be read back once more
                 leave_mark(folder, manifest.generation, shard.rank)
         return path
+
+    def _problem(self, path: Path, later: Path, shard: Shard) -> str | None:
+        """What is wrong with a file; of one that is right the digests are kept, under the name that it will have."""
+        digests = BlockDigests()
+        problem = disk.file_problem(path, shard, self.progress.add, digests)
+        if problem is None:
+            self.digests[later] = digests
+        return problem
 
     def _watched(self, path: Path, fetch: Callable[[], None]) -> None:
         """Run `fetch` and say meanwhile how far the file at `path` has grown."""

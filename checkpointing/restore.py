@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
+from checkpointing.blocks import BlockDigests, Reader, VerifiedReader
 from checkpointing.checksum import CHUNK_BYTES
 from checkpointing.flatten import LocalTensor
 from checkpointing.layout import Manifest, Shard, SnapshotDamagedError, step_dir_name
@@ -41,16 +40,18 @@ class DiskCandidate:
         holders = (shard.leaves[name] for shard in (shards[self._own], *shards) if name in shard.leaves)
         return msgspec.json.decode(next(holders))
 
-    def copy_into(self, tensors: Sequence[LocalTensor], paths: Mapping[int, Path]) -> None:
+    def copy_into(
+        self, tensors: Sequence[LocalTensor], paths: Mapping[int, Path], digests: Mapping[Path, BlockDigests]
+    ) -> None:
         """Fill the live tensors from verified files, by their numbers. Beside them some rows of one file are in memory.
 
-        OSError if the file system fails after all: the state is then worthless.
+        OSError if a file is not what was verified any more, or its file system fails: the state is then worthless.
         """
         for index in self.files:
-            with _opened(paths[index]) as fd:
+            with VerifiedReader(paths[index], digests[paths[index]]) as reader:
                 for read in self._reads:
                     if read.shard == index:
-                        copy_box(fd, self.manifest.shards[index], read, tensors[read.target])
+                        copy_box(reader, self.manifest.shards[index], read, tensors[read.target])
 
 
 def plan_candidate(
@@ -75,11 +76,13 @@ def decode_values(values: dict[str, msgspec.Raw]) -> dict[str, Any]:
     return {name: msgspec.json.decode(value) for name, value in values.items()}
 
 
-def copy_box(fd: int, shard: Shard, read: Read, local: LocalTensor) -> None:
+def copy_box(reader: Reader, shard: Shard, read: Read, local: LocalTensor) -> None:
     """Read the rows of a stored slice that the box touches, some at a time, and put the box where it belongs."""
     part, box, target = read.part, read.box, local.tensor
     if not part.sizes:
-        target.copy_(_read_rows(fd, shard.data_start_bytes + part.start_bytes, torch.empty_like(target, device="cpu")))
+        target.copy_(
+            _read_rows(reader, shard.data_start_bytes + part.start_bytes, torch.empty_like(target, device="cpu"))
+        )
         return
     row_bytes = (part.end_bytes - part.start_bytes) // part.sizes[0]
     first = box.offsets[0] - part.offsets[0]
@@ -89,31 +92,16 @@ def copy_box(fd: int, shard: Shard, read: Read, local: LocalTensor) -> None:
         window = window.narrow(dim, offset - local.part.offsets[dim], size)
     whole_rows = box.sizes[1:] == part.sizes[1:]
     if whole_rows and window.is_contiguous() and window.device.type == "cpu":
-        _read_rows(fd, start, window)
+        _read_rows(reader, start, window)
         return
     buffer = torch.empty((min(box.sizes[0], max(1, CHUNK_BYTES // row_bytes)), *part.sizes[1:]), dtype=target.dtype)
     for done in range(0, box.sizes[0], len(buffer)):
-        rows = _read_rows(fd, start + done * row_bytes, buffer[: box.sizes[0] - done])
+        rows = _read_rows(reader, start + done * row_bytes, buffer[: box.sizes[0] - done])
         for dim in range(1, len(box.sizes)):
             rows = rows.narrow(dim, box.offsets[dim] - part.offsets[dim], box.sizes[dim])
         window[done : done + len(rows)].copy_(rows)
 
 
-def _read_rows(fd: int, start_bytes: int, into: torch.Tensor) -> torch.Tensor:
-    buffer = into.view(-1).view(torch.uint8).numpy().data
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], start_bytes + done)
-        if count == 0:
-            raise OSError("a shard that had been verified ended early")
-        done += count
+def _read_rows(reader: Reader, start_bytes: int, into: torch.Tensor) -> torch.Tensor:
+    reader.read_into(into.view(-1).view(torch.uint8).numpy().data, start_bytes)
     return into
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
