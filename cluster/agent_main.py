@@ -72,7 +72,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Before torch elastic starts workers it has no handler of its own: end as it would, through `finally`.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    _warm_up()
+    _warm_up(run_dir.semaphore_prefix(name))
     node = Node(run_dir, config, name, host=socket.gethostbyname("localhost"))
     node.state.domain = os.environ.get("EVERSTEP_FAILURE_DOMAIN", "")
     node.open()
@@ -98,15 +98,16 @@ def main() -> int:
     return 0
 
 
-def _warm_up() -> None:
+def _warm_up(semaphore_prefix: str) -> None:
     """Load torch here and all of the trainer in the fork server, before the first heartbeat.
 
     A node that reports is warm; and importing holds the interpreter's lock for seconds, in which no thread of this
     process could send a heartbeat.
     """
-    from cluster.elastic import warm_forkserver
+    from cluster.elastic import name_semaphores, warm_forkserver
     from trainer.main import PRELOAD
 
+    name_semaphores(semaphore_prefix)
     warm_forkserver(PRELOAD)
 
 

@@ -230,6 +230,14 @@ def _unlink_semaphores() -> None:
             finalizer()
 
 
+def name_semaphores(prefix: str) -> None:
+    """Have the names of this process' semaphores begin with `prefix`, which ends in a hyphen.
+
+    One that is killed between making them and `_unlink_semaphores`, its tracker with it, leaves them to be found.
+    """
+    multiprocessing.current_process()._config["semprefix"] = f"/{prefix.removesuffix('-')}"  # type: ignore[attr-defined]
+
+
 def warm_forkserver(preload: Sequence[str]) -> None:
     """Start the fork server, load `preload` in it, and wait until it has forked a child that ended well.
 

@@ -19,6 +19,7 @@ from cluster.rundir import RunDir, safe_name
 
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.01
+_SEMAPHORES = Path("/dev/shm")
 
 logger = logging.getLogger("everstep.local")
 
@@ -64,6 +65,7 @@ class LocalScheduler:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(_KILL_TIMEOUT_S)
         shutil.rmtree(self.ram_root / safe_name(node, "node"), ignore_errors=True)
+        _remove_semaphores(self.run_dir.semaphore_prefix(node))
 
     def reap(self) -> None:
         """Collect children that ended, so that they do not stay as zombies."""
@@ -73,6 +75,7 @@ class LocalScheduler:
     def close(self) -> None:
         """Free the run's folder in shared memory."""
         shutil.rmtree(self.ram_root, ignore_errors=True)
+        _remove_semaphores(self.run_dir.semaphore_prefix())
 
     def last_words(self, node: str) -> tuple[str, ...]:
         """Last lines of the agent's log."""
@@ -103,6 +106,12 @@ class LocalScheduler:
             return psutil.Process(int(pid)) if str(_start_ticks(int(pid))) == started else None
         except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
             return None
+
+
+def _remove_semaphores(prefix: str) -> None:
+    """Remove named semaphores that killed processes left behind; this is where the C library keeps them."""
+    for path in _SEMAPHORES.glob(f"sem.{prefix}*"):
+        path.unlink(missing_ok=True)
 
 
 def _start_ticks(pid: int) -> int:

@@ -80,11 +80,19 @@ class RunDir:
 
     def ram_root(self, ram_dir: str) -> Path:
         """The run's folder in shared memory; one sub-folder a node."""
-        return Path(ram_dir) / f"everstep-{os.getuid()}-{self._digest()}"
+        return Path(ram_dir) / self._owner()
+
+    def semaphore_prefix(self, node: str = "") -> str:
+        """How the names of a node's semaphores begin, without a node of all the run's: whoever finds one knows whose it
+        is, and can remove what a kill left behind."""
+        return f"{self._owner()}.{node}-" if node else f"{self._owner()}."
 
     def node_root(self, node_dir: str) -> Path:
         """The run's folder on a node's own disk; one sub-folder a node, since nodes may share a machine."""
         return Path(node_dir).absolute() / f"{self.path.name}-{self._digest()}"
+
+    def _owner(self) -> str:
+        return f"everstep-{os.getuid()}-{self._digest()}"
 
     def _digest(self) -> str:
         return hashlib.sha256(str(self.path).encode()).hexdigest()[:12]

@@ -132,9 +132,11 @@ class Job:
             process.kill()
 
     def leftovers(self) -> list[str]:
-        """Processes and shared memory of this run that are still there (ports go with their processes)."""
+        """Processes, shared memory and semaphores of this run that are still there (ports go with their processes)."""
         found = [f"process {process.pid}: {' '.join(process.cmdline())}" for process in self.processes()]
-        ram = RunDir(self.run_dir.absolute()).ram_root("/dev/shm")
+        run_dir = RunDir(self.run_dir.absolute())
+        ram = run_dir.ram_root("/dev/shm")
+        found += [f"semaphore {path}" for path in Path("/dev/shm").glob(f"sem.{run_dir.semaphore_prefix()}*")]
         return found + ([f"shared memory {ram}"] if ram.exists() else [])
 
 
