@@ -68,6 +68,10 @@ class BesiegedBucket:
         """All that are whole."""
         return [_age(manifest) for manifest in self._near.manifests().values() if self._is_whole(manifest)]
 
+    def unfinished(self) -> list[str]:
+        """Multipart uploads that nobody finished: they cost as much as objects, and no listing shows them."""
+        return [upload.name for upload in self._near.objects.unfinished()]
+
     def _is_whole(self, manifest: Manifest) -> bool:
         folder = step_dir_name(manifest.step)
         return all(self._read(f"{folder}/{s.file}") == (s.size_bytes, s.checksum) for s in manifest.shards)

@@ -299,13 +299,12 @@ class Siege:
         assert self.bucket_floor == self.floor, f"the bucket ends with {self.bucket_floor}, not {self.floor}"
         assert self.job.losses() == {step: row[0] for step, row in self.reference.rows.items() if step <= steps}
         assert self.job.samples() == {s: lines for s, lines in self.reference.samples.items() if s <= steps}
+        assert not self.bucket.unfinished(), f"uploads left behind: {self.bucket.unfinished()}"
         self.check_damages()
         assert "Traceback" not in self.job.said(), "a traceback in the output"
         for log in self.job.run_dir.glob("logs/*/agent.log"):
-            lines = log.read_text(errors="replace").splitlines()
-            # Torch elastic has its own way of saying that a worker was killed.
-            ours = [line for line in lines if "Traceback" in line and "torch/distributed/elastic" not in line]
-            assert not ours, f"a traceback in {log}:\n" + "\n".join(lines[-30:])
+            text = log.read_text(errors="replace")
+            assert not _tracebacks(text), f"a traceback in {log}:\n{text[-4000:]}"
 
     def check_damages(self) -> None:
         """What was damaged was repaired, overwritten or removed since, or is called damaged by whoever looks."""
@@ -321,6 +320,13 @@ def told(job: Job) -> Iterator[None]:
     except AssertionError as error:
         tail = job.said()[-6000:]
         raise AssertionError("\n".join([str(error), "--- the run's last words:", tail, *_journal(job)])) from error
+
+
+def _tracebacks(log: str) -> list[str]:
+    """Those of our own. Torch elastic says with one that a worker was killed, AWS' runtime that an upload was ended."""
+    lines = log.splitlines()
+    found = [n for n, line in enumerate(lines) if "Traceback" in line and "torch/distributed/elastic" not in line]
+    return [lines[n] for n in found if "awscrt" not in "".join(lines[n + 1 : n + 2])]
 
 
 def _journal(job: Job) -> list[str]:
