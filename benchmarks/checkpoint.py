@@ -72,7 +72,9 @@ def main() -> None:
         os.environ["TMPDIR"] = str(place.disk)
         for size in sizes:
             for world_size in ranks:
-                cases.append(_case(place, size, world_size, options.sides, words))
+                deadline_s = began_s + 60 * options.minutes
+                case = _case(place, size, world_size, options.sides, deadline_s, words)
+                cases += [case] if case.results else []
     found, ratios = all_series(cases), all_ratios(cases)
     judged = judge(cases, ratios)
     result = Result(
@@ -115,17 +117,23 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", help="only these numbers of ranks")
     parser.add_argument("--sides", nargs="+", help="only these sides, and the limits")
     parser.add_argument("--into", help="folder of the record, instead of benchmarks/results")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin with nothing more after so long")
     parser.add_argument("--no-wait", action="store_true", help="do not wait for a quiet machine")
     return parser.parse_args()
 
 
-def _case(place: Workspace, size: Size, world_size: int, only: Sequence[str] | None, words: list[str]) -> Case:
+def _case(
+    place: Workspace, size: Size, world_size: int, only: Sequence[str] | None, deadline_s: float, words: list[str]
+) -> Case:
     """All sides of one size on so many ranks; `words` gets a line for each that could not be measured."""
     name = f"{size.gb:g} GB, {world_size} ranks"
     results: dict[str, SideResult] = {}
     chosen = [side for side in SIDES if not only or side.name in only]
     for side in (LIMIT, *chosen, LIMIT):
         began_s = time.monotonic()
+        if began_s > deadline_s:
+            words.append(f"not measured: {side.name}, {name}: the time was up (--minutes)")
+            continue
         try:
             found = run_side(place, side, int(size.gb * 1e9), world_size, size.step_s, (size.repeats, size.few))
         except NotRunError as error:
