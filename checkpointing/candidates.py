@@ -33,7 +33,7 @@ def any_snapshot(run_dir: Path, far: SnapshotSource | None) -> bool:
     if disk.committed_steps(run_dir):
         return True
     try:
-        return far is not None and bool(far.committed())
+        return far is not None and far.anything()
     except SourceError as error:
         assert far is not None
         raise SourceError(_nothing_here(run_dir, far, error)) from error
@@ -50,6 +50,8 @@ def list_candidates(
     known = set(disk.committed_ages(run_dir))
     try:
         known |= set(far.committed()) if far is not None else set()
+        if not known and far is not None and far.anything():
+            raise NoSnapshotError(f"every manifest in {far.name} is damaged, and {run_dir} has none")
     except SourceError as error:
         assert far is not None
         if not known:

@@ -25,6 +25,10 @@ class RunSource:
         except OSError as error:
             raise SourceError(words(error)) from error
 
+    def anything(self) -> bool:
+        """Whether there is a manifest at all, sound or damaged."""
+        return bool(disk.committed_steps(self.run_dir))
+
     def manifest(self, step: int) -> bytes:
         """The manifest's bytes, unchecked."""
         try:

@@ -80,6 +80,11 @@ class Bucket:
         """(generation, step) of every snapshot with a sound manifest, newest first: by generation, then by step."""
         return sorted(((m.generation, m.step) for m in self.manifests().values()), reverse=True)
 
+    def anything(self) -> bool:
+        """Whether there is a manifest at all, sound or damaged."""
+        steps = map(parse_step_dir, self.objects.folders())
+        return any(step is not None and self._read_manifest(step) is not None for step in steps)
+
     def manifests(self) -> dict[int, Manifest]:
         """Every sound manifest by its step; damaged ones are left out. Unchanged ones are not transferred again."""
         folders = self.objects.folders()

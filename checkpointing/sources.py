@@ -34,5 +34,8 @@ class SnapshotSource(ShardSource, Protocol):
     def committed(self) -> list[tuple[int, int]]:
         """(generation, step) of every committed snapshot, newest first. Raises SourceError."""
 
+    def anything(self) -> bool:
+        """Whether there is a manifest at all, sound or damaged. Raises SourceError."""
+
     def manifest(self, step: int) -> bytes:
         """The manifest's bytes, unchecked. Raises SourceError."""

@@ -201,8 +201,9 @@ def test_a_flipped_byte_is_noticed(s3: S3Server, s3_proxy: FaultProxy, tmp_path:
 
 
 def test_a_damaged_manifest_in_the_bucket_is_no_snapshot(s3: S3Server, tmp_path: Path) -> None:
-    """It is left out, and may be replaced."""
+    """It is left out, and may be replaced; but the bucket is not taken for an empty one."""
     bucket = make_bucket(s3)
+    assert not bucket.anything()
     for step in (10, 20):
         manifest = write_snapshot(tmp_path, step)
         send(bucket, tmp_path, manifest)
@@ -211,8 +212,11 @@ def test_a_damaged_manifest_in_the_bucket_is_no_snapshot(s3: S3Server, tmp_path:
     data[len(data) // 2] ^= 1
     s3.client().put_object(Bucket=bucket.settings.bucket, Key=f"{bucket.root}step-20/manifest.json", Body=bytes(data))
     assert bucket.committed() == [(1, 10)]
+    bucket.remove(10)
+    assert bucket.committed() == []
+    assert bucket.anything()
     assert commit(bucket, tmp_path, manifest)
-    assert bucket.committed() == [(1, 20), (1, 10)]
+    assert bucket.committed() == [(1, 20)]
 
 
 def test_a_stopped_upload_ends_soon_and_leaves_nothing(s3: S3Server, tmp_path: Path) -> None:

@@ -36,6 +36,9 @@ class Unreachable:
     def committed(self) -> list[tuple[int, int]]:
         raise SourceError("connection refused")
 
+    def anything(self) -> bool:
+        raise SourceError("connection refused")
+
     def manifest(self, step: int) -> bytes:
         raise SourceError("connection refused")
 
@@ -256,6 +259,17 @@ def test_nothing_near_and_no_bucket_is_no_reason_to_begin_again(tmp_path: Path) 
     assert not any_snapshot(run.run_dir, None)
     assert not any_snapshot(run.run_dir, RunSource(tmp_path / "nothing"))
     assert Outcome(run, far=RunSource(tmp_path / "nothing")).loaded is None
+
+
+def test_damaged_manifests_far_away_are_no_reason_to_begin_again(tmp_path: Path) -> None:
+    """Promise: where there was a run, and nothing of it can be read any more, a person has to decide."""
+    run, far = OneRank(tmp_path, seed=1), RunSource(tmp_path / "backup")
+    manifest = tmp_path / "backup" / "checkpoints" / "step-10" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("no manifest")
+    assert any_snapshot(run.run_dir, far)
+    with pytest.raises(NoSnapshotError, match="damaged"):
+        Outcome(run, far=far)
 
 
 @pytest.fixture
