@@ -13,7 +13,7 @@ from checkpointing.import_hf import import_hf
 from configs.load import load_job
 from tests.chaos.conftest import MakeJob
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.long]
 
 SMALL = ("--cluster.spares", "0", "--cluster.nodes", "1", "--parallelism.tp", "1", "--training.steps", "6")
 KEEP = ("--checkpoint.keep_last", "10")

@@ -11,7 +11,7 @@ from checkpointing.keep import kept_info
 from tests.chaos import faults
 from tests.chaos.conftest import MakeJob
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.long]
 
 STEPS = 14
 EXPERTS = (
