@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,16 @@ class LooksLate(NodeElasticAgent):
 
     def _processes(self):  # type: ignore[no-untyped-def]
         return () if self.blind else super()._processes()
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """Torch elastic and our agent set handlers, which a process that ends with them need not take back."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("kind", [NodeElasticAgent, LooksLate])
