@@ -51,6 +51,7 @@ class SnapshotManager:
         self.volatile = volatile
         self._slots: list[SlotViews] = []
         self.last_stage_s = 0.0
+        self._warm = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self._staging: Future[float] | None = None
 
@@ -69,7 +70,6 @@ class SnapshotManager:
         self._copier = Copier(self._flat.tensors, self._plan, volatile)
         for slot in range(self.slots):
             self._slots.append(self._open(slot))
-            self._thread.submit(self._slots[-1].segment.populate)
 
     def stage(self, step: int, persist: PersistTo, scalars: Mapping[str, Json]) -> None:
         """Begin to copy the state as it is now; wait() must return before a tensor of it may change.
@@ -80,6 +80,7 @@ class SnapshotManager:
         assert not (persist and self.persist_busy), "the last snapshot to persist is still in memory"
         for name, value in scalars.items():
             check_json(name, value)
+        self._warm_up()
         slot = self._free_slot()
         slot.segment.state = SlotState.STAGING
         meta = SnapshotMeta(
@@ -142,7 +143,16 @@ class SnapshotManager:
         places = Places(self.run_dir, sources, far, frozenset(rejected), scratch_dir)
         target = Target(self.state, self._flat, self._leaf_names, self._plan.digest, self._slots)
         ranks = Ranks(self.rank, self.world_size, agree, broadcast)
-        return Loader(target, ranks, places, Reports(report, repaired, trouble, progress)).load(ram_step)
+        loaded = Loader(target, ranks, places, Reports(report, repaired, trouble, progress)).load(ram_step)
+        self._warm_up()
+        return loaded
+
+    def _warm_up(self) -> None:
+        """Map all slots in the background, once; not before a load, which would have to share the cores with it."""
+        if not self._warm:
+            self._warm = True
+            for slot in self._slots:
+                self._thread.submit(slot.segment.populate)
 
     def close(self) -> None:
         """Finish what is under way and unmap. The slots stay: they are the agent's."""
