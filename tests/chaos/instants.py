@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -123,11 +124,9 @@ def wait_for(instant: Callable[[], bool], timeout_s: float) -> bool:
     """Look all the time until it is there; False if it did not come."""
     deadline, pause = time.monotonic() + timeout_s, threading.Event()
     while time.monotonic() < deadline:
-        try:
+        with contextlib.suppress(FileNotFoundError):  # it went while it was looked at
             if instant():
                 return True
-        except FileNotFoundError:
-            pass  # it went while it was looked at
         pause.wait(_POLL_S)
     return False
 

@@ -96,5 +96,7 @@ def test_no_fault_costs_more_than_time(
     right = undisturbed(make_job)
     done = number = 0
     while done < wanted:
-        done += besiege(number, wanted - done, make_job, failing_disk, s3, dice, right)
+        faults = besiege(number, wanted - done, make_job, failing_disk, s3, dice, right)
+        assert faults > 0, "a job ended before anything struck it"
+        done += faults
         number += 1

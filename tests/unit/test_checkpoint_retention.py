@@ -278,4 +278,4 @@ def test_a_folder_that_another_node_removes_meanwhile_keeps_no_shard_from_the_di
                 remove_uncommitted_shards(tmp_path, rank=0, before=(1, 9), keep=1)
         finally:
             done.set()
-        going.result()
+        assert going.exception() is None
