@@ -51,7 +51,6 @@ class SnapshotManager:
         self.volatile = volatile
         self._slots: list[SlotViews] = []
         self.last_stage_s = 0.0
-        self._warm = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self._staging: Future[float] | None = None
 
@@ -80,7 +79,6 @@ class SnapshotManager:
         assert not (persist and self.persist_busy), "the last snapshot to persist is still in memory"
         for name, value in scalars.items():
             check_json(name, value)
-        self._warm_up()
         slot = self._free_slot()
         slot.segment.state = SlotState.STAGING
         meta = SnapshotMeta(
@@ -143,16 +141,7 @@ class SnapshotManager:
         places = Places(self.run_dir, sources, far, frozenset(rejected), scratch_dir)
         target = Target(self.state, self._flat, self._leaf_names, self._plan.digest, self._slots)
         ranks = Ranks(self.rank, self.world_size, agree, broadcast)
-        loaded = Loader(target, ranks, places, Reports(report, repaired, trouble, progress)).load(ram_step)
-        self._warm_up()
-        return loaded
-
-    def _warm_up(self) -> None:
-        """Map all slots in the background, once; not before a load, which would have to share the cores with it."""
-        if not self._warm:
-            self._warm = True
-            for slot in self._slots:
-                self._thread.submit(slot.segment.populate)
+        return Loader(target, ranks, places, Reports(report, repaired, trouble, progress)).load(ram_step)
 
     def close(self) -> None:
         """Finish what is under way and unmap. The slots stay: they are the agent's."""
@@ -171,6 +160,7 @@ class SnapshotManager:
         self, slot: SlotViews, step: int, persist: PersistTo, fence: torch.cuda.Event | None
     ) -> float:
         started = time.monotonic()
+        slot.segment.populate()
         with torch.no_grad():
             found = self._copier.copy(slot, fence)
         control = Control(

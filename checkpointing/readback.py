@@ -17,6 +17,7 @@ from checkpointing.shardwriter import words
 from checkpointing.storeevents import StoreEvent, StoreEventKind
 
 _OTHERS_S = 5.0
+_PATIENCE_S = 30.0
 
 
 class _Committed(msgspec.Struct, frozen=True):
@@ -38,19 +39,24 @@ class Readback:
         self.retention = Retention(run_dir, keep)
         self._write_again = write_again
         self._lock = threading.Lock()
-        self._shards: list[ShardMeta] = []
+        self._shards: list[tuple[float, ShardMeta]] = []
         self._committed: list[_Committed] = []
 
     def expect_shard(self, meta: ShardMeta) -> None:
         """A shard has been persisted by this node."""
         with self._lock:
-            self._shards.append(meta)
+            self._shards.append((time.monotonic(), meta))
 
     def expect_marks(self, manifest: Manifest) -> None:
         """A snapshot has been committed by this node."""
         ranks = tuple(shard.rank for shard in manifest.shards)
         with self._lock:
             self._committed.append(_Committed(manifest.generation, manifest.step, ranks, time.monotonic()))
+
+    def overdue(self) -> bool:
+        """Whether a shard has waited so long that it may not be put off any more."""
+        with self._lock:
+            return bool(self._shards) and time.monotonic() - self._shards[0][0] > _PATIENCE_S
 
     def pending(self) -> bool:
         """Whether a shard waits to be read back, or a snapshot for its marks, for which others have some seconds."""
@@ -61,13 +67,13 @@ class Readback:
     def verify_pending(self) -> list[StoreEvent]:
         """Read back every shard that waits, oldest first, then tidy up. Never raises OSError: it is an event."""
         events = []
-        while (meta := self._next_shard()) is not None:
-            events += self._verify(meta)
+        while (waiting := self._next_shard()) is not None:
+            events += self._verify(waiting[1])
             with self._lock:
-                self._shards.remove(meta)
+                self._shards.remove(waiting)
         return events + self._retain()
 
-    def _next_shard(self) -> ShardMeta | None:
+    def _next_shard(self) -> tuple[float, ShardMeta] | None:
         with self._lock:
             return self._shards[0] if self._shards else None
 

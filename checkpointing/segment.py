@@ -158,6 +158,7 @@ class Segment:
     def __init__(self, path: Path, mapping: mmap.mmap) -> None:
         self.path = path
         self._map = mapping
+        self._populated = False
         self.data = memoryview(mapping)[CONTROL_BYTES:]
 
     @property
@@ -194,10 +195,13 @@ class Segment:
         self.state = SlotState.TO_PERSIST if control.persist else SlotState.COMPLETE
 
     def populate(self) -> None:
-        """Map every page now, in one call: page by page it would take several times as long, in a step's way.
+        """Map every page, in one call and the first time only: page by page it would take several times as long.
 
         May run beside anything else that uses the mapping. A kernel that cannot do it (before 5.14) is left alone.
         """
+        if self._populated:
+            return
+        self._populated = True
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(len(self._map)), _MADV_POPULATE_WRITE)
 

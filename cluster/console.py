@@ -104,7 +104,7 @@ def describe(event: events.AnyEvent) -> str:
         case events.NodeReady():
             return f"{event.node} is ready"
         case events.GenerationPlanned():
-            source = f"memory, step {event.ram_step}" if event.ram_step >= 0 else "the run directory"
+            source = f"memory, step {event.ram_step}" if event.ram_step >= 0 else "the run directory, if it has one"
             return f"generation {event.generation} on {', '.join(event.nodes)}; state from {source}"
         case events.VerdictGiven():
             verdict = event.verdict

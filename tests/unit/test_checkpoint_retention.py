@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,6 +52,30 @@ def test_nothing_goes_before_the_newer_ones_are_read_back(tmp_path: Path) -> Non
     assert run.store.verify_pending() == []
     assert not run.store.pending()
     assert [(info.step, info.verified) for info in list_snapshots(run.run_dir)] == [(40, True), (30, True)]
+
+
+def test_what_waits_for_the_disk_comes_before_reading_back(tmp_path: Path) -> None:
+    """Promise: reading back never makes a snapshot wait for the disk, and its turn comes all the same."""
+    run = OneRank(tmp_path, seed=1)
+    commit(run, 10)
+    run.stage(20, persist=True)
+    assert run.store.verify_pending() == []
+    assert [info.verified for info in list_snapshots(run.run_dir)] == [False]
+    assert run.store.pending()
+    run.store.persist_pending()
+    run.store.commit_pending()
+    run.store.verify_pending()
+    assert [info.verified for info in list_snapshots(run.run_dir)] == [True, True]
+
+
+def test_a_disk_that_is_never_idle_is_read_back_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise: however busy the disk is, the last good snapshots are known before long, and old ones can go."""
+    monkeypatch.setattr("checkpointing.readback._PATIENCE_S", 0.0)
+    run = OneRank(tmp_path, seed=1)
+    commit(run, 10)
+    run.stage(20, persist=True)
+    run.store.verify_pending()
+    assert [info.verified for info in list_snapshots(run.run_dir)] == [True]
 
 
 def test_a_shard_that_the_disk_did_not_keep_is_written_again_from_memory(tmp_path: Path) -> None:
