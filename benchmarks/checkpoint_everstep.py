@@ -93,9 +93,12 @@ class Everstep:
         """See Saver."""
         self._load(-1, step)
 
+    def die(self) -> None:
+        """A worker that is killed: the kernel takes its mappings away, which is nobody's restore."""
+        self.manager.close()
+
     def load_from_ram(self, step: int) -> None:
         """As a worker does that takes the place of a dead one: map the slots anew, verify, copy."""
-        self.manager.close()
         self.manager = self._open()
         self._load(step, step)
 

@@ -208,7 +208,7 @@ def _restore(saver: Saver, step: int, state: State, work: Work, figures: Figures
                 raise RuntimeError(f"what came back from {name} is not what was saved")
 
     if isinstance(saver, Everstep):
-        measure("ram", lambda: None, saver.load_from_ram)
+        measure("ram", saver.die, saver.load_from_ram)
     measure("disk", cold, saver.load)
     if isinstance(saver, Everstep):
         if work.places.bucket:
