@@ -91,7 +91,8 @@ def decide(verdict: Verdict, state: JobState, config: JobConfig) -> Action:
     if whole_node and not state.spares:
         return Stop(
             ExitCode.REQUEUE,
-            f"{_what(verdict)} and no spare is left; run the same command again when the node is back.",
+            f"{_what(verdict)} and no spare is left; run the same command again when the node is back."
+            + _suspicious(verdict, state),
         )
     if state.restarts_used >= config.health.max_restarts:
         return Stop(
@@ -137,10 +138,11 @@ def _outside(verdict: Verdict, state: JobState, config: JobConfig) -> Action:
 def _crash_loop(verdict: Verdict, state: JobState) -> Stop | None:
     """The same failure at the same step in another generation: on two nodes if it is software's, else the third time.
 
-    What comes from outside (a kill, a lost node, a hang) may well strike two nodes at the same step by chance, so only
-    the third time counts there. That nodes are taken away is nobody's failure: a whole rack of them may go at one step.
+    What comes from outside (a kill, a hang) may well strike two nodes at the same step by chance, so only the third
+    time counts there. Nodes that are lost or taken away never count: a whole rack may go at one step, each node of it
+    seen as an incident of its own, and every one costs a spare, of which there are only so many.
     """
-    if verdict.cause is Cause.PREEMPTED:
+    if verdict.cause in (Cause.NODE_LOST, Cause.PREEMPTED):
         return None
     same = [each for each in _earlier(state) if (each.fingerprint, each.step) == (verdict.fingerprint, verdict.step)]
     times = len({each.generation for each in same}) + 1
@@ -155,6 +157,15 @@ def _crash_loop(verdict: Verdict, state: JobState) -> Stop | None:
         "That is a bug or bad data rather than bad hardware, and another restart would end the same way. "
         "Read the incident's evidence, correct the code, the data or the configuration, then run the same command.",
     )
+
+
+def _suspicious(verdict: Verdict, state: JobState) -> str:
+    """A hint where so many nodes were lost in one step that the job itself may be what takes them down."""
+    lost = {each.node for each in state.failures if (each.cause, each.step) == (Cause.NODE_LOST, verdict.step)}
+    count = len(lost | {verdict.node})
+    if verdict.cause is not Cause.NODE_LOST or count < LOOP_TIMES:
+        return ""
+    return f" {count} nodes were lost in this step: if they do not share a cause, see whether the job itself ends them."
 
 
 def _strikes(verdict: Verdict, state: JobState) -> set[int]:

@@ -57,11 +57,16 @@ def test_a_lost_node_is_replaced_by_a_ready_spare_or_the_job_is_requeued() -> No
 
 
 def test_a_rack_that_is_taken_away_at_one_step_is_no_crash_loop() -> None:
-    """Promise: as many nodes may be told to leave at the same step as there are spares for."""
-    state = running(spares=3)
-    for node in ("node0", "node1", "node2"):
-        state, action = suffer(state, verdict(Cause.PREEMPTED, node, -1, 7, Severity.NODE), job())
-        assert isinstance(action, Replace), action
+    """Promise: as many nodes may be told to leave, or die, at the same step as there are spares for."""
+    for cause in (Cause.PREEMPTED, Cause.NODE_LOST):
+        state = running(spares=3)
+        for node in ("node0", "node1", "node2"):
+            state, action = suffer(state, verdict(cause, node, -1, 7, Severity.NODE), job())
+            assert isinstance(action, Replace), action
+    action = decide(verdict(Cause.NODE_LOST, state.order[0], -1, 7, Severity.NODE), state, job())
+    assert isinstance(action, Stop)
+    assert action.exit_code == 75
+    assert "4 nodes were lost in this step" in action.reason
 
 
 def test_a_bad_node_by_its_own_word_is_replaced() -> None:
