@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from cluster.messages import (
     AgentReport,
     AgentStatus,
+    Evidence,
     HeldInfo,
     NumberedFact,
+    NumberedVerdict,
     Order,
     Plan,
     RankBeat,
+    RankTimes,
     Readiness,
     Wish,
     WorkerExit,
 )
+from health.verdict import Verdict
 from trainer.events import Fact
 
 
@@ -33,6 +38,7 @@ class AgentState:
         self.take_inventory = take_inventory
         self.wake: Callable[[], None] = _nobody
         self.beats: Callable[[], Sequence[RankBeat]] = tuple
+        self.times: Callable[[], Sequence[RankTimes]] = tuple
         self.on_save: Callable[[], None] = _nobody
         self.on_order: Callable[[Order], None] = _nobody_listens
         self.peer_address = ""
@@ -45,8 +51,10 @@ class AgentState:
         self._exits: tuple[WorkerExit, ...] = ()
         self._finished_step = 0
         self._facts: list[NumberedFact] = []
-        self._facts_noted = 0
+        self._noted = 0
+        self._verdicts: list[NumberedVerdict] = []
         self._sent_up_to: dict[int, int] = {}
+        self._evidence: Evidence | None = None
         self._seq = 0
         self._order = Order(ack_seq=0, wish=Wish.RUN, target_generation=0, plan=None)
         self._saving = False
@@ -58,7 +66,7 @@ class AgentState:
         beats = tuple(self.beats())
         with self._changed:
             self._seq += 1
-            self._sent_up_to[self._seq] = self._facts_noted
+            self._sent_up_to[self._seq] = self._noted
             return AgentReport(
                 node=self.node,
                 host=self.host,
@@ -74,6 +82,9 @@ class AgentState:
                 peer_address=self.peer_address,
                 domain=self.domain,
                 notice=self._notice,
+                verdicts=tuple(self._verdicts),
+                times=tuple(self.times()) if self._status is AgentStatus.RUNNING else (),
+                evidence=self._evidence,
             )
 
     def take_order(self, order: Order) -> None:
@@ -82,6 +93,7 @@ class AgentState:
             had = self._sent_up_to.get(order.ack_seq, 0)
             self._sent_up_to = {seq: upto for seq, upto in self._sent_up_to.items() if seq > order.ack_seq}
             self._facts = [numbered for numbered in self._facts if numbered.number > had]
+            self._verdicts = [numbered for numbered in self._verdicts if numbered.number > had]
             self._order = order
             save = order.wish is Wish.SAVE_AND_LEAVE and not self._saving and self._status is AgentStatus.RUNNING
             self._saving = self._saving or save
@@ -154,8 +166,21 @@ class AgentState:
     def note(self, fact: Fact) -> None:
         """Keep a fact until the supervisor has it."""
         with self._changed:
-            self._facts_noted += 1
-            self._facts.append(NumberedFact(self._facts_noted, fact))
+            self._noted += 1
+            self._facts.append(NumberedFact(self._noted, fact))
+        self.wake()
+
+    def accuse(self, verdict: Verdict) -> None:
+        """Keep what a probe of this node found until the supervisor has it."""
+        with self._changed:
+            self._noted += 1
+            self._verdicts.append(NumberedVerdict(self._noted, verdict, time.time()))
+        self.wake()
+
+    def show(self, evidence: Evidence) -> None:
+        """Answer a request for evidence."""
+        with self._changed:
+            self._evidence = evidence
         self.wake()
 
     def must_go(self, why: str) -> None:

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import msgspec
 
-from trainer.events import Beat, Fact, WorkerError
+from health.verdict import Verdict
+from trainer.events import Beat, Fact, StepTimes, WorkerError
 
 
 class AgentStatus(enum.StrEnum):
@@ -74,12 +75,35 @@ class NumberedFact(msgspec.Struct, frozen=True):
     fact: Fact
 
 
+class NumberedVerdict(msgspec.Struct, frozen=True):
+    """A verdict that the agent itself gave about its node, numbered like a fact."""
+
+    number: int
+    verdict: Verdict
+    t_wall_s: float
+
+
+class RankTimes(msgspec.Struct, frozen=True):
+    """Where the time of a rank's newest steps went, oldest first; later reports repeat some of them."""
+
+    rank: int
+    steps: tuple[StepTimes, ...]
+
+
+class Evidence(msgspec.Struct, frozen=True):
+    """What an agent collected from its workers while they still lived: files by name, for request `number`."""
+
+    number: int
+    files: dict[str, bytes]
+
+
 class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     """An agent's whole state.
 
     generation: the one its workers last ran in (0: none yet). peer_address: `host:port` where it serves and takes
     copies of snapshots, "" for nowhere. domain: what it shares its fate with, a rack or a power line; "" for nothing.
-    notice: why this node must go soon, "" if it need not.
+    notice: why this node must go soon, "" if it need not. verdicts: what this node's own probes found. times: see
+    `RankTimes`. evidence: the answer to `Order.collect`, repeated until something else is asked.
     """
 
     node: str
@@ -96,6 +120,9 @@ class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     peer_address: str = ""
     domain: str = ""
     notice: str = ""
+    verdicts: tuple[NumberedVerdict, ...] = ()
+    times: tuple[RankTimes, ...] = ()
+    evidence: Evidence | None = None
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,7 +167,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order"):
     """The whole of what the supervisor wants. An agent with an older generation stops its workers.
 
     copy_to: who keeps copies of this node's snapshots. keep_for: ranks whose copies this node keeps. gather: what to
-    fetch before starting the plan's workers. rejected: snapshots (generation, step) that must not be loaded.
+    fetch before starting the plan's workers. rejected: snapshots (generation, step) that must not be loaded. collect:
+    the number of the newest request for evidence about this generation's workers, 0 for none.
     """
 
     ack_seq: int
@@ -151,6 +179,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order"):
     keep_for: tuple[int, ...] = ()
     gather: tuple[Sources, ...] = ()
     rejected: tuple[tuple[int, int], ...] = ()
+    collect: int = 0
 
 
 Message = AgentReport | Order

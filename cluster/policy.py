@@ -29,6 +29,21 @@ _WORDS = {
     Cause.NONFINITE: "the loss or a gradient was not finite",
     Cause.STARTUP_TIMEOUT: "the first step was not finished in time",
     Cause.PREEMPTED: "the node was told to leave",
+    Cause.CUDA_ERROR: "a GPU failed in a worker's hands",
+    Cause.STRAGGLER: "a rank is slow",
+    Cause.SLOW_NETWORK: "the network is slow",
+    Cause.SLOW_DATA: "the data source is slow",
+    Cause.SLOW_JOB: "all ranks became slower",
+    Cause.SILENT_CORRUPTION: "a device computed or kept wrong numbers",
+    Cause.SPIKE: "the loss or the gradient norm leapt",
+    Cause.BAD_LAYER: "a layer is dead or explodes",
+    Cause.EXPERT_COLLAPSE: "the experts' load has collapsed",
+    Cause.GPU_FAULT: "a GPU is faulty",
+    Cause.GPU_DEGRADED: "a GPU is impaired",
+    Cause.NODE_FAULT: "the node is faulty",
+    Cause.NODE_DEGRADED: "the node is impaired",
+    Cause.LINK_FAULT: "a link is faulty",
+    Cause.PREFLIGHT_FAILED: "the node failed its examination",
 }
 
 

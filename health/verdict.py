@@ -21,6 +21,21 @@ class Cause(enum.StrEnum):
     NONFINITE = "nonfinite"
     STARTUP_TIMEOUT = "startup_timeout"
     PREEMPTED = "preempted"
+    CUDA_ERROR = "cuda_error"
+    STRAGGLER = "straggler"
+    SLOW_NETWORK = "slow_network"
+    SLOW_DATA = "slow_data"
+    SLOW_JOB = "slow_job"
+    SILENT_CORRUPTION = "silent_corruption"
+    SPIKE = "spike"
+    BAD_LAYER = "bad_layer"
+    EXPERT_COLLAPSE = "expert_collapse"
+    GPU_FAULT = "gpu_fault"
+    GPU_DEGRADED = "gpu_degraded"
+    NODE_FAULT = "node_fault"
+    NODE_DEGRADED = "node_degraded"
+    LINK_FAULT = "link_fault"
+    PREFLIGHT_FAILED = "preflight_failed"
 
 
 class Severity(enum.StrEnum):
@@ -32,11 +47,19 @@ class Severity(enum.StrEnum):
     JOB = "job"
 
 
+class Certainty(enum.StrEnum):
+    """How much one verdict proves. A hint alone never evicts anybody; proof needs no second witness."""
+
+    HINT = "hint"
+    LIKELY = "likely"
+    PROOF = "proof"
+
+
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """One judgement. rank -1 and node "" mean: not known or not one.
 
     fingerprint is equal for the same error wherever it happens (type and first line, numbers stripped): the crash-loop
-    breaker compares it. evidence: lines for a person.
+    breaker compares it. evidence: lines for a person. device: what on the node is meant (`gpu3`, `eth0`), "" for none.
     """
 
     node: str
@@ -46,3 +69,5 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     fingerprint: str
     evidence: tuple[str, ...] = ()
+    certainty: Certainty = Certainty.LIKELY
+    device: str = ""

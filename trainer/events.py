@@ -65,6 +65,23 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     node_dir: str = ""
 
 
+class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one rank's time went in one step. Seconds; computing is net of the time spent waiting for other ranks.
+
+    wait_s: exposed communication, the time in which this rank stood still for another one. snapshot_s: standing still
+    for the copy of the state. total_s: the whole step; what is not in the parts is in none of them.
+    """
+
+    step: int
+    data_s: float
+    forward_s: float
+    backward_s: float
+    wait_s: float
+    optimizer_s: float
+    snapshot_s: float
+    total_s: float
+
+
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One line of metrics.jsonl. None means not known or not finite, never zero.
 
@@ -109,6 +126,10 @@ class FactKind(enum.StrEnum):
     TIER_BEHIND = "tier_behind"
     TIER_CAUGHT_UP = "tier_caught_up"
     UPDATE_SKIPPED = "update_skipped"
+    UPDATE_REPLAYED = "update_replayed"
+    CORRUPTION_FOUND = "corruption_found"
+    NUMBERS_ODD = "numbers_odd"
+    ROLLBACK_WANTED = "rollback_wanted"
     FIRST_STEP = "first_step"
     STOPPING = "stopping"
 
