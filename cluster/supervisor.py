@@ -11,14 +11,15 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster import events, suspicions
+from cluster.ending import End, ended_after, too_few
 from cluster.fleet import AgentView, all_finished, first_members, ready_members
 from cluster.incidents import write_incident
 from cluster.journal import Journal
 from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
+from cluster.noticing import Noticing, OpenIncident, Suspicion
 from cluster.placement import Placement
 from cluster.planning import make_plan, ranks_of
 from cluster.policy import Nothing, Replace, Restart, Stop, decide
@@ -29,23 +30,12 @@ from cluster.wire import SupervisorSocket
 from configs.schema import JobConfig
 from health.crash import first_cause
 from health.verdict import Cause, Severity, Verdict
-from health.watchdog import Attention, Progress, lost_nodes
 from trainer.events import Fact, FactKind
 from trainer.exits import ExitCode
 
 _TICK_S = 0.05
 
 logger = logging.getLogger("everstep.supervisor")
-
-
-@dataclass
-class Incident:
-    """Verdicts that arrived together, not yet acted on."""
-
-    opened_at_s: float
-    failed_wall_s: float
-    verdicts: list[Verdict] = field(default_factory=list)
-    files: dict[str, bytes] = field(default_factory=dict)
 
 
 class Watcher(Protocol):
@@ -84,7 +74,7 @@ class Supervisor:
         self.handles = dict(handles)
         self.watcher = watcher
         self.views: dict[str, AgentView] = {}
-        self.expected_since: dict[str, float] = {}
+        self.noticing = Noticing(config, scheduler, self.views, time.monotonic())
         self.members: tuple[str, ...] = ()
         self.target_generation = state.generation
         self.plan: Plan | None = None
@@ -94,11 +84,9 @@ class Supervisor:
         self.reason = "start"
         self.gathering_since_s = 0.0
         self.ready_since_s = float("inf")
-        self.progress = Progress(0, {}, config.health, time.monotonic())
-        self.attention = Attention(time.monotonic(), config.health.heartbeat_timeout_s / 2)
-        self.incident: Incident | None = None
-        self.adopted: frozenset[str] = frozenset()
+        self.incident: OpenIncident | None = None
         self.facts_seen: dict[tuple[str, int], int] = {}
+        self.verdicts_seen: dict[tuple[str, int], int] = {}
         self.skipped_step = -1
         self.journal_waits = False
         self.seen_exits: set[tuple[str, int, int]] = set()
@@ -112,9 +100,7 @@ class Supervisor:
 
     def run(self) -> ExitCode:
         """Supervise until the job is done, is asked to leave, or must stop."""
-        now = time.monotonic()
-        for node in self.handles:
-            self.expected_since.setdefault(node, now)
+        self.noticing.expect(self.handles, time.monotonic())
         while self.exit_code is None:
             for report in self.socket.receive(_TICK_S):
                 self.take(report)
@@ -133,8 +119,7 @@ class Supervisor:
         gather: what that plan's nodes had to fetch; order: who holds the ranks since its last decision; interrupted:
         it decided on a new generation, and died before it had planned that.
         """
-        self.adopted = frozenset(self.handles)
-        self.expected_since = dict.fromkeys(self.handles, time.monotonic())
+        self.noticing.adopt(self.handles, time.monotonic())
         self.members = tuple(order)
         self.target_generation = plan.generation
         self.gather = tuple(gather)
@@ -164,6 +149,9 @@ class Supervisor:
             self._take_facts(report)
             self.send_order(report.node)
             return
+        self._take_verdicts(report)
+        if report.node in self.state.evicted:
+            return
         self.views[report.node] = AgentView(report, time.monotonic())
         self.placement.update(self.members, self.views)
         if report.readiness is not None and (known is None or known.report.readiness is None) and not report.generation:
@@ -171,7 +159,7 @@ class Supervisor:
         self._take_facts(report)
         if self.plan is not None and report.node in self.members and report.generation == self.plan.generation:
             self._take_exits(report)
-            self.progress.feed(time.monotonic(), report.node, report.beats)
+            self.noticing.hear(report, time.monotonic())
             if report.status is AgentStatus.FINISHED and (known is None or known.report.status != report.status):
                 self.emit(
                     events.NodeFinished, node=report.node, generation=report.generation, step=report.finished_step
@@ -205,7 +193,8 @@ class Supervisor:
         self.leave_by_s = time.monotonic() + self.config.cluster.leave_timeout_s
         fact = Fact(
             kind=FactKind.STOPPING, node=report.node, rank=-1, generation=self.target_generation,
-            step=self.progress.newest_step, t_wall_s=time.time(), detail=f"{report.notice}: state is saved first",
+            step=self.noticing.progress.newest_step, t_wall_s=time.time(),
+            detail=f"{report.notice}: state is saved first",
         )  # fmt: skip
         self.emit(events.WorkersReported, fact=fact)
         self.broadcast()
@@ -215,8 +204,8 @@ class Supervisor:
         node, self.leaving, self.wish = self.leaving, "", Wish.RUN
         view = self.views.get(node)
         notice = view.report.notice if view else "it went before it could save"
-        verdict = suspicions.preempted(node, self.progress.newest_step, notice)
-        self.suspect(verdict, time.time())
+        verdict = suspicions.preempted(node, self.noticing.progress.newest_step, notice)
+        self.suspect(Suspicion(verdict, time.time()))
 
     def _take_exits(self, report: AgentReport) -> None:
         for death in report.exits:
@@ -224,24 +213,42 @@ class Supervisor:
             if key in self.seen_exits or self.wish is not Wish.RUN:
                 continue
             self.seen_exits.add(key)
-            verdict = suspicions.worker_ended(report.node, death, self.progress.newest_step)
-            self.suspect(verdict, death.t_wall_s, {f"rank-{death.rank}.log": "\n".join(death.log_tail).encode()})
+            verdict = suspicions.worker_ended(report.node, death, self.noticing.progress.newest_step)
+            log = {f"rank-{death.rank}.log": "\n".join(death.log_tail).encode()}
+            self.suspect(Suspicion(verdict, death.t_wall_s, log))
 
     def _judge_skip(self, fact: Fact) -> None:
         """A verdict, but no incident (number 0), for a skipped update; later ones in a row share the first one's."""
         follows, self.skipped_step = fact.step == self.skipped_step + 1, fact.step
         if follows:
             return
-        verdict = suspicions.skipped_update(fact)
+        self._only_note(suspicions.skipped_update(fact), fact.t_wall_s, fact.generation)
+
+    def _take_verdicts(self, report: AgentReport) -> None:
+        """What a node's own probes found: a notice is written down, the rest opens an incident."""
+        for numbered in report.verdicts:
+            if numbered.number <= self.verdicts_seen.get((report.node, report.pid), 0):
+                continue
+            self.verdicts_seen[report.node, report.pid] = numbered.number
+            self.accuse(Suspicion(numbered.verdict, numbered.t_wall_s))
+
+    def accuse(self, suspicion: Suspicion) -> None:
+        """Act on what a probe found, as far as its verdict reaches."""
+        verdict = suspicion.verdict
+        if verdict.severity is Severity.NOTICE:
+            self._only_note(verdict, suspicion.failed_wall_s, self.target_generation)
+        elif verdict.node and verdict.node not in self.members and self.members:
+            self._evict(verdict.node, f"spare: {verdict.evidence[0] if verdict.evidence else verdict.cause.value}")
+        elif self.wish is Wish.RUN:
+            self.suspect(suspicion)
+
+    def _only_note(self, verdict: Verdict, failed_wall_s: float, generation: int) -> None:
+        """A verdict, but no incident (number 0)."""
         self.emit(
-            events.VerdictGiven,
-            generation=fact.generation,
-            verdict=verdict,
-            t_failed_wall_s=fact.t_wall_s,
-            incident=0,
+            events.VerdictGiven, generation=generation, verdict=verdict, t_failed_wall_s=failed_wall_s, incident=0
         )
         action = decide(verdict, self.state, self.config)
-        self.emit(events.ActionTaken, incident=0, action="nothing", reason=action.reason, node=fact.node)
+        self.emit(events.ActionTaken, incident=0, action="nothing", reason=action.reason, node=verdict.node)
 
     def send_order(self, node: str) -> None:
         """Tell a node the whole of what is wanted of it."""
@@ -269,7 +276,7 @@ class Supervisor:
         Until then the addresses of those who have or keep copies are not all known, and no order is better than one
         that leaves some out: agents go on with their last one.
         """
-        return any(node not in self.views and node not in self.state.evicted for node in self.adopted)
+        return any(node not in self.views and node not in self.state.evicted for node in self.noticing.adopted)
 
     def broadcast(self) -> None:
         """Send everybody its order now, without waiting for the next report."""
@@ -279,60 +286,31 @@ class Supervisor:
 
     # Noticing -----------------------------------------------------------------------------------------------------
 
-    def suspect(self, verdict: Verdict, failed_wall_s: float, files: Mapping[str, bytes] | None = None) -> None:
-        """Add a verdict to the open incident."""
+    def suspect(self, suspicion: Suspicion) -> None:
+        """Add a suspicion to the open incident."""
         if self.incident is None:
-            self.incident = Incident(time.monotonic(), failed_wall_s)
-        self.incident.verdicts.append(verdict)
-        self.incident.failed_wall_s = min(self.incident.failed_wall_s, failed_wall_s)
-        self.incident.files.update(files or {})
+            self.incident = OpenIncident(time.monotonic(), suspicion.failed_wall_s)
+        self.incident.add(suspicion)
 
     def watch(self, now: float) -> None:
         """Look for nodes that fell silent, agents that never came, and workers that make no progress."""
-        watching_since_s = self.attention.tick(now)
-        if self.wish is not Wish.RUN or (self.incident is not None and self._nodes_of_incident()):
+        self.noticing.look(now)
+        if self.wish is not Wish.RUN or (self.incident is not None and self.incident.about_nodes):
             return
-        for verdict in self._silent_nodes(now, watching_since_s):
-            if verdict.node in self.members or not self.members:
-                self.suspect(verdict, time.time() - (now - self._heard_at(verdict.node)))
+        for suspicion in self.noticing.silent(self.handles, self.state.evicted, now):
+            node = suspicion.verdict.node
+            if node in self.members or not self.members:
+                self.suspect(suspicion)
             else:
-                self._evict(verdict.node, f"spare: {verdict.evidence[0]}")
+                self._evict(node, f"spare: {suspicion.verdict.evidence[0]}")
         if self.incident is not None:
             return
-        if self.plan is not None:
-            self._watch_progress(now)
-        elif self.members and now - self.gathering_since_s > self.config.health.startup_timeout_s:
-            missing = set(self.members) - set(ready_members(self.members, self.views, self.target_generation))
-            for node in sorted(missing):
-                timeout_s = self.config.health.startup_timeout_s
-                self.suspect(suspicions.startup_timeout(node, self.progress.newest_step, timeout_s), time.time())
+        found = self.noticing.standing_still(now) if self.plan is not None else self._missing(now)
+        for suspicion in found:
+            self.suspect(suspicion)
 
-    def _watch_progress(self, now: float) -> None:
-        hang = self.progress.judge(now)
-        if hang is not None:
-            self.suspect(hang, time.time() - (now - self.progress.last_advance_s))
-
-    def _silent_nodes(self, now: float, watching_since_s: float) -> Sequence[Verdict]:
-        present = {n: h for n, h in self.handles.items() if n not in self.state.evicted}
-        gone = [n for n, handle in present.items() if not self.scheduler.alive(handle)]
-        verdicts = [self._agent_gone(node) for node in gone]
-        # A node that is still starting owes no heartbeat; one that was taken over does.
-        owing = [n for n in present if n not in gone and (n in self.views or n in self.adopted)]
-        heard = {n: self._heard_at(n) for n in owing}
-        step = self.progress.newest_step
-        return [*verdicts, *lost_nodes(now, heard, self.config.health, step, watching_since_s)]
-
-    def _agent_gone(self, node: str) -> Verdict:
-        words = self.scheduler.last_words(node) if node not in self.views else ()
-        return suspicions.agent_gone(node, self.progress.newest_step, words)
-
-    def _heard_at(self, node: str) -> float:
-        view = self.views.get(node)
-        return view.heard_at_s if view else self.expected_since[node]
-
-    def _nodes_of_incident(self) -> bool:
-        assert self.incident is not None
-        return any(verdict.severity is Severity.NODE for verdict in self.incident.verdicts)
+    def _missing(self, now: float) -> Sequence[Suspicion]:
+        return self.noticing.missing(self.members, self.target_generation, self.gathering_since_s, now)
 
     # Acting -------------------------------------------------------------------------------------------------------
 
@@ -442,17 +420,12 @@ class Supervisor:
 
     def _follow(self, plan: Plan) -> None:
         self.plan = plan
-        ranks = {rank: plan.nodes[rank // plan.ranks_per_node] for rank in range(self.config.world_size)}
-        self.progress = Progress(plan.generation, ranks, self.config.health, time.monotonic())
+        self.noticing.follow(plan, time.monotonic())
 
     def _choose_first_members(self) -> None:
         usable = [n for n in self.handles if n not in self.state.evicted]
         if len(usable) < self.config.cluster.nodes:
-            self.exit_code = ExitCode.REQUEUE
-            self.stop_reason = (
-                f"only {len(usable)} of cluster.nodes = {self.config.cluster.nodes} nodes came up; "
-                f"logs/<node>/agent.log says why"
-            )
+            self._end(too_few(len(usable), self.config.cluster.nodes))
             return
         wanted = first_members(usable, self.config.cluster.nodes)
         self.next_generation(wanted, self.reason)
@@ -468,7 +441,8 @@ class Supervisor:
             if self.leaving and not self.interrupts and last < self.config.training.steps:
                 self._hand_over()
             else:
-                self._end_at(last)
+                saved, target = self.state.newest_snapshot, self.config.training.steps
+                self._end(ended_after(last, target, saved, self.stop_reason))
         elif self.interrupts and self.wish is Wish.RUN:
             self.wish = Wish.SAVE_AND_LEAVE
             self.leave_by_s = now + self.config.cluster.leave_timeout_s
@@ -479,22 +453,8 @@ class Supervisor:
             else:
                 self.exit_code = ExitCode.REQUEUE
 
-    def _end_at(self, last: int) -> None:
-        """All workers ended well after step `last`: done only if training is, and its last state is on disk."""
-        done = last >= self.config.training.steps
-        saved = self.state.newest_snapshot
-        if saved < last:
-            self.exit_code = ExitCode.REQUEUE
-            self.stop_reason = (
-                f"step {last} is trained, but the newest snapshot on disk is of step {max(saved, 0)}: mend "
-                "what was said above about it (or, if nothing was, the disk is slow: raise cluster.leave_timeout_s), "
-                "and the same command goes on from there"
-            )
-        elif done:
-            self.exit_code, self.stop_reason = ExitCode.DONE, "training is done"
-        else:
-            self.exit_code = ExitCode.REQUEUE
-            self.stop_reason = self.stop_reason or "a worker was asked to leave by a signal"
+    def _end(self, end: End) -> None:
+        self.exit_code, self.stop_reason = end.exit_code, end.reason
 
     def _leave_now(self, now: float) -> bool:
         failed = self.plan is not None and any(
