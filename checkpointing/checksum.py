@@ -10,7 +10,8 @@ import os
 
 import xxhash
 
-CHUNK_BYTES = 8 * 2**20
+# Small enough to be still in the cache when it is read a second time, for the sum.
+CHUNK_BYTES = 2**20
 
 
 class Checksum:

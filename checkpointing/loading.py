@@ -5,6 +5,7 @@ Nothing is written into live tensors before every rank has verified all the byte
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, suppress
@@ -17,7 +18,7 @@ import torch
 
 from checkpointing import disk
 from checkpointing.candidates import NoSnapshotError, list_candidates, read_candidate, read_same_candidate
-from checkpointing.checksum import checksum
+from checkpointing.checksum import checksum_range
 from checkpointing.flatten import FlatState, Stateful, rebuild
 from checkpointing.layout import (
     Manifest,
@@ -27,11 +28,12 @@ from checkpointing.layout import (
 from checkpointing.repair import Progress, Repair, Repairer, Scratch
 from checkpointing.restore import DiskCandidate, decode_values, plan_candidate
 from checkpointing.retention import commit_pulled
-from checkpointing.segment import SlotState
+from checkpointing.segment import CONTROL_BYTES, SlotState
 from checkpointing.shardfile import header_size_bytes, parse_header
 from checkpointing.shardwriter import words
+from checkpointing.slots import opened
 from checkpointing.sources import ShardSource, SnapshotSource
-from checkpointing.staging import SlotViews
+from checkpointing.staging import SlotViews, read_back
 
 Tier = Literal["ram", "disk"]
 
@@ -170,8 +172,7 @@ class Loader:
         assert candidate is not None
         slot, meta = candidate
         with torch.no_grad():
-            for local, view in zip(self.target.flat.tensors, slot.views, strict=True):
-                local.tensor.copy_(view)
+            read_back(slot, self.target.flat.tensors)
         self._give_back(lambda name: msgspec.json.decode(meta.shard.leaves[name]))
         return _Found((generation, step), "ram", decode_values(meta.shard.scalars))
 
@@ -331,9 +332,10 @@ def _read_slot(slot: SlotViews, layout: str) -> ShardMeta:
     name, control = slot.segment.path.name, slot.segment.control
     if control is None or control.layout != layout:
         raise SnapshotDamagedError(f"{name}: is of another layout")
-    slot.segment.populate()
-    data = slot.segment.data[: control.size_bytes]
-    if (found := checksum(data)) != control.checksum:
-        raise SnapshotDamagedError(f"{name}: checksum {found}, should be {control.checksum}")
-    length = header_size_bytes(bytes(data[:8]), control.size_bytes, name)
-    return parse_header(bytes(data[:length]), control.size_bytes, found, name)
+    with opened(slot.segment.path) as fd:
+        found = checksum_range(fd, CONTROL_BYTES, control.size_bytes)
+        if found != control.checksum:
+            raise SnapshotDamagedError(f"{name}: checksum {found}, should be {control.checksum}")
+        length = header_size_bytes(os.pread(fd, 8, CONTROL_BYTES), control.size_bytes, name)
+        header = os.pread(fd, length, CONTROL_BYTES)
+    return parse_header(header, control.size_bytes, found, name)

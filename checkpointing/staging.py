@@ -6,13 +6,15 @@ of their own into page-locked memory while the next forward and backward compute
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 
+from checkpointing.blocks import PlainReader
 from checkpointing.checksum import Checksum, checksum
 from checkpointing.flatten import LocalTensor
-from checkpointing.segment import Segment
+from checkpointing.segment import CONTROL_BYTES, Segment
 from checkpointing.shardfile import ShardPlan
 
 BATCH_BYTES = 4 * 2**20
@@ -46,6 +48,26 @@ class SlotViews:
             del base
         self.views = []
         self.segment.close()
+
+
+def read_back(slot: SlotViews, tensors: Sequence[LocalTensor]) -> None:
+    """Fill the live tensors from a verified slot.
+
+    Tensors in host memory are read into, not copied from the mapping: mapping a slot takes longer than the copy.
+    OSError if the slot does not give its bytes.
+    """
+    fd = os.open(slot.segment.path, os.O_RDONLY)
+    try:
+        reader = PlainReader(fd)
+        for local, part, view in zip(tensors, slot.plan.slices, slot.views, strict=True):
+            tensor = local.tensor.detach()
+            if tensor.is_cuda or not tensor.is_contiguous():
+                tensor.copy_(view)
+            elif tensor.numel():
+                start = CONTROL_BYTES + slot.plan.data_start_bytes + part.start_bytes
+                reader.read_into(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), start)
+    finally:
+        os.close(fd)
 
 
 class Copier:
