@@ -193,6 +193,29 @@ class HealthConfig(Section, frozen=True, kw_only=True):
     max_restarts: NonNegative = 100
 
 
+class NumbersConfig(Section, frozen=True, kw_only=True):
+    """`[numbers]`: when a step's numbers are out of line, and what follows.
+
+    An update is left out if the loss or the gradient norm is not finite, or lies more than spike_z deviations (0: no
+    such bound) above the median of the last window_steps applied steps; not before step warmup_steps, and not while
+    fewer than half as many steps are known. After max_skips such steps among skip_window_steps (0: never) the run
+    goes back to before the first of them and leaves out their batches, up to the first sane one, at most
+    max_stretch_steps of them. If the trouble comes back at the same place, it goes back back_steps further each time,
+    and stops with the next after max_rollbacks. Every layers_interval_steps (0: never) the gradients of each layer and
+    the load of each expert are looked at.
+    """
+
+    window_steps: Annotated[int, msgspec.Meta(ge=4)] = 64
+    warmup_steps: NonNegative = 100
+    spike_z: NonNegativeFloat = 10.0
+    max_skips: NonNegative = 3
+    skip_window_steps: Positive = 8
+    max_stretch_steps: Positive = 16
+    back_steps: NonNegative = 16
+    max_rollbacks: NonNegative = 3
+    layers_interval_steps: NonNegative = 50
+
+
 class ClusterConfig(Section, frozen=True, kw_only=True):
     """`[cluster]`: the machines. nodes * ranks_per_node is the number of ranks; spares are extra, warm nodes.
 
@@ -230,6 +253,7 @@ class JobConfig(Section, frozen=True, kw_only=True):
     checkpoint: CheckpointConfig = CheckpointConfig()
     s3: S3Config = S3Config()
     health: HealthConfig = HealthConfig()
+    numbers: NumbersConfig = NumbersConfig()
     cluster: ClusterConfig = ClusterConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
 

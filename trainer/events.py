@@ -110,6 +110,15 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     validation_s: float = 0.0
 
 
+class Oddity(enum.StrEnum):
+    """What can be wrong with numbers; the words are those of `health.verdict.Cause`."""
+
+    NONFINITE = "nonfinite"
+    SPIKE = "spike"
+    BAD_LAYER = "bad_layer"
+    EXPERT_COLLAPSE = "expert_collapse"
+
+
 class FactKind(enum.StrEnum):
     """Things worth the journal that a worker or a node's snapshot store noticed."""
 
@@ -135,7 +144,10 @@ class FactKind(enum.StrEnum):
 
 
 class Fact(msgspec.Struct, frozen=True, kw_only=True):
-    """A single observation, in one line of words, with the step and seconds it is about."""
+    """A single observation, in one line of words, with the step and seconds it is about.
+
+    oddity: what is wrong, where it is about numbers. batches: how many are to be left out, from the step's own on.
+    """
 
     kind: FactKind
     node: str
@@ -145,6 +157,8 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True):
     t_wall_s: float
     detail: str = ""
     seconds: float = 0.0
+    oddity: Oddity | None = None
+    batches: int = 0
 
 
 class WorkerError(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from configs.load import load_job
-from trainer.events import Fact, FactKind, Heart, HeartbeatFile, Phase, WorkerError, WorkerStart, append_line
+from trainer.events import Fact, FactKind, Heart, HeartbeatFile, Oddity, Phase, WorkerError, WorkerStart, append_line
 from trainer.exits import ExitCode
 from trainer.paths import config_path, error_path, facts_path, heartbeat_path, rank_log
 
@@ -47,7 +47,7 @@ class RankContext:
 
     def note(
         self, kind: FactKind, detail: str = "", seconds: float = 0.0, step: int | None = None,
-        generation: int | None = None,
+        generation: int | None = None, oddity: Oddity | None = None, batches: int = 0,
     ) -> None:  # fmt: skip
         """Tell the agent a fact; it reaches the journal. step, generation: of what it is about, if not of now."""
         fact = Fact(
@@ -59,6 +59,8 @@ class RankContext:
             t_wall_s=time.time(),
             detail=detail,
             seconds=seconds,
+            oddity=oddity,
+            batches=batches,
         )
         append_line(facts_path(self.ram_dir, self.local_rank), fact)
 
