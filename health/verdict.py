@@ -60,6 +60,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     fingerprint is equal for the same error wherever it happens (type and first line, numbers stripped): the crash-loop
     breaker compares it. evidence: lines for a person. device: what on the node is meant (`gpu3`, `eth0`), "" for none.
+    slowdown: by which part of itself a step takes longer because of this (0.2: 20%), 0 if that is not what it is about;
+    the policy prices it.
     """
 
     node: str
@@ -71,3 +73,4 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     evidence: tuple[str, ...] = ()
     certainty: Certainty = Certainty.LIKELY
     device: str = ""
+    slowdown: float = 0.0
