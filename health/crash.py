@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import enum
 import re
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from health.verdict import Cause, Severity, Verdict
+from health.cudatext import CudaError, find_cuda_error, named_device
+from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import Phase, WorkerError
 from trainer.exits import ExitCode
 
 EVIDENCE_LOG_LINES = 6
 _FINGERPRINT_CHARS = 200
 
+_NO_ROOM_BYTES = 1 << 20
+
 _OOM_TYPES = frozenset({"OutOfMemoryError", "MemoryError"})
 _OOM = re.compile(
-    r"out of memory|DefaultCPUAllocator: (can't|not enough)|can('t|not) allocate memory|std::bad_alloc",
+    r"out of memory|DefaultCPUAllocator: (can't|not enough)|can('t|not) allocate memory|std::bad_alloc"
+    r"|STATUS_ALLOC_FAILED",
     re.IGNORECASE,
+)
+_GPU_OOM = re.compile(
+    r"\b(CUDA|HIP)\b.*out of memory|Cuda failure (\d+ )?'out of memory'|BLAS\w*_STATUS_ALLOC_FAILED", re.I
 )
 _KERNEL_OOM = re.compile(r"out of memory: kill(ed)? process|oom-kill:", re.IGNORECASE)
 
@@ -25,11 +34,13 @@ _PEER_TYPES = frozenset({
     "BrokenPipeError",
 })  # fmt: skip
 _PEER = re.compile(
-    r"connection (was )?(closed|reset|refused|abort)|closed by peer|broken pipe|socket (closed|timeout)"
+    r"connection (was )?(likely )?(closed|reset|refused|abort)|closed by (remote )?peer|broken pipe"
+    r"|socket (closed|timeout)|connection timed out|no route to host|host is unreachable"
     r"|failed to (recv|send|connect)|connectFullMesh failed"
     r"|timed out waiting|wait timeout|application timeout caused pair closure|remote process exited"
-    r"|nccl(remote|system)error|nccl communicator was aborted|watchdog caught collective operation timeout"
-    r"|collective operation timeout",
+    r"|failed to pass monitoredBarrier|client socket has (failed|timed out)"
+    r"|ncclRemoteError|remote process exiting|nccl communicator was aborted|got completion .*with (status|error)"
+    r"|watchdog caught collective operation timeout|collective operation timeout",
     re.IGNORECASE,
 )
 _INPUT_TYPES = frozenset({"ConfigError", "ValueError"})
@@ -51,6 +62,32 @@ def fingerprint(error: WorkerError) -> str:
     return f"{_short_type(error.type)}: {' '.join(text.split())}"[:_FINGERPRINT_CHARS]
 
 
+@dataclass(frozen=True)
+class _End:
+    """What is known of one end. Exactly one of exit_code and signal_number, or neither where the end was not seen."""
+
+    node: str
+    rank: int
+    exit_code: int | None
+    signal_number: int | None
+    error: WorkerError | None
+    log_tail: tuple[str, ...]
+    oom_kill: bool
+    oom_scope: str
+    ram_free_bytes: int
+    step: int
+
+
+@dataclass(frozen=True)
+class _Finding:
+    cause: Cause
+    certainty: Certainty = Certainty.LIKELY
+    cuda: CudaError | None = None
+    device: str = ""
+    mark: str = ""
+    note: str = ""
+
+
 def judge_exit(
     node: str,
     rank: int,
@@ -60,120 +97,194 @@ def judge_exit(
     log_tail: Sequence[str],
     oom_kill: bool,
     step: int,
+    oom_scope: str = "",
+    ram_free_bytes: int = -1,
 ) -> Verdict:
     """What one worker's end says about its cause.
 
     A negative exit_code means a signal, as in Python's own process classes. error, written by the worker itself,
-    outweighs the log; step is used where there is no error. An exit with 0 or 75 is no failure: severity `notice`.
+    outweighs the log; step is used where there is no error. oom_scope: where the kernel counted an OOM kill.
+    ram_free_bytes: what was left in the node's shared memory at the end, -1 for not known. An exit with 0 or 75 is no
+    failure: severity `notice`. A verdict about the node is never a hint.
     """
     if exit_code is not None and exit_code < 0:
-        signal_number = -exit_code
-        exit_code = None
-    cause = _cause(exit_code, signal_number, error, log_tail, oom_kill)
-    mark = fingerprint(error) if error is not None else _exit_name(exit_code, signal_number)
-    if cause is Cause.OUT_OF_MEMORY and error is None:
-        mark = "out of memory"
+        exit_code, signal_number = None, -exit_code
+    end = _End(
+        node, rank, exit_code, signal_number, error, tuple(log_tail), oom_kill, oom_scope, ram_free_bytes, step
+    )  # fmt: skip
+    found = _find(end)
+    severity = _severity(end, found)
+    certainty = found.certainty
+    if severity is Severity.NODE and certainty is Certainty.HINT:
+        # The worker itself, by its exit code, says that the node is bad.
+        certainty = Certainty.LIKELY
     return Verdict(
         node=node,
         rank=rank,
-        cause=cause,
-        severity=_severity(exit_code, cause),
+        cause=found.cause,
+        severity=severity,
         step=step if error is None else error.step,
-        fingerprint=mark,
-        evidence=_evidence(node, rank, exit_code, signal_number, error, log_tail, oom_kill, step),
+        fingerprint=found.mark or (fingerprint(error) if error else _exit_name(exit_code, signal_number)),
+        evidence=_evidence(end, found),
+        certainty=certainty,
+        device=found.device,
     )
+
+
+class Standing(enum.IntEnum):
+    """How near to the root of an incident a verdict can be; lower is nearer.
+
+    FURTHER needs more than a restart (a bad node, a job that cannot go on). DOUBTFUL may be the root, or what a lost
+    peer looks like from within a library. TOLD was asked to leave. ECHO only lost a peer. NOTED is no failure.
+    """
+
+    FURTHER = 0
+    ROOT = 1
+    DOUBTFUL = 2
+    TOLD = 3
+    ECHO = 4
+    NOTED = 5
+
+
+def standing(verdict: Verdict) -> Standing:
+    """Where among the verdicts of an incident this one belongs."""
+    if verdict.severity is Severity.NOTICE:
+        return Standing.NOTED
+    if verdict.cause is Cause.PEER_LOST:
+        return Standing.ECHO
+    if verdict.severity in (Severity.NODE, Severity.JOB):
+        return Standing.FURTHER
+    if verdict.cause is Cause.WORKER_KILLED and verdict.fingerprint == signal.SIGTERM.name:
+        return Standing.TOLD
+    aborted = verdict.cause is Cause.WORKER_CRASH and verdict.fingerprint == signal.SIGABRT.name
+    return Standing.DOUBTFUL if aborted or verdict.certainty is Certainty.HINT else Standing.ROOT
 
 
 def first_cause(verdicts: Sequence[Verdict]) -> Verdict:
     """The root of one incident, from its verdicts in the order in which they arrived.
 
-    What needs more than a restart (a lost or bad node, a job that cannot go on) comes first, then whatever can be a
-    root, then workers that were told to leave, then those that only lost a peer; within each the earliest.
-    Raises ValueError if there are none.
+    By standing, within that by certainty, within that the earliest to arrive. What happened counts before when: peers
+    of a dead rank often report before it does, and clocks of nodes differ by more than the time between the two, so
+    that no times are compared. Raises ValueError if there are none.
     """
     if not verdicts:
         raise ValueError("an incident without a verdict has no cause")
-    return min(verdicts, key=_distance_from_root)
+    return min(verdicts, key=lambda verdict: (standing(verdict), _DOUBT[verdict.certainty]))
 
 
-def _distance_from_root(verdict: Verdict) -> int:
-    if verdict.severity is Severity.NOTICE:
-        return 4
-    if verdict.cause is Cause.PEER_LOST:
-        return 3
-    if verdict.cause is Cause.WORKER_KILLED and verdict.fingerprint == signal.SIGTERM.name:
-        return 2
-    return 0 if verdict.severity in (Severity.NODE, Severity.JOB) else 1
+_DOUBT = {Certainty.PROOF: 0, Certainty.LIKELY: 1, Certainty.HINT: 2}
 
 
-def _cause(
-    exit_code: int | None,
-    signal_number: int | None,
-    error: WorkerError | None,
-    log_tail: Sequence[str],
-    oom_kill: bool,
-) -> Cause:
-    if oom_kill:
-        return Cause.OUT_OF_MEMORY
-    if error is not None:
-        return _error_cause(error)
-    tail = "\n".join(log_tail)
-    if signal_number is not None and signal_number not in _CRASH_SIGNALS:
-        return Cause.OUT_OF_MEMORY if _KERNEL_OOM.search(tail) else Cause.WORKER_KILLED
-    if exit_code == ExitCode.BAD_INPUT:
-        return Cause.BAD_INPUT
+def _find(end: _End) -> _Finding:
+    tail = "\n".join(end.log_tail)
+    if end.oom_kill:
+        return _host_oom(f"the kernel's out-of-memory killer ended it{_in_scope(end.oom_scope)}")
+    if end.error is not None:
+        return _find_in_error(end.error, end.log_tail)
+    if end.signal_number is not None and end.signal_number not in _CRASH_SIGNALS:
+        killed = _KERNEL_OOM.search(tail)
+        return _host_oom("the log has the kernel's out-of-memory killer") if killed else _Finding(Cause.WORKER_KILLED)
+    if end.exit_code == ExitCode.BAD_INPUT:
+        return _Finding(Cause.BAD_INPUT, Certainty.PROOF)
+    if end.signal_number == signal.SIGBUS:
+        return _find_bus_error(end)
     if _OOM.search(tail):
-        return Cause.OUT_OF_MEMORY
+        return _find_oom(next(line for line in end.log_tail if _OOM.search(line)))
     # NCCL's watchdog and gloo abort the process when a peer is gone: the abort is not this worker's fault.
-    if _PEER.search(tail) and signal_number in (None, signal.SIGABRT):
-        return Cause.PEER_LOST
-    if exit_code == ExitCode.DO_NOT_RESTART:
-        return Cause.USER_ERROR
-    return Cause.WORKER_CRASH
+    may_be_echo = end.signal_number in (None, signal.SIGABRT)
+    peer_at = _first_at(_PEER, end.log_tail) if may_be_echo else None
+    cuda = find_cuda_error(end.log_tail)
+    if cuda is not None and (peer_at is None or _comes_before(cuda, peer_at)):
+        return _cuda(cuda)
+    if peer_at is not None:
+        return _Finding(Cause.PEER_LOST)
+    return _Finding(Cause.USER_ERROR if end.exit_code == ExitCode.DO_NOT_RESTART else Cause.WORKER_CRASH)
 
 
-def _error_cause(error: WorkerError) -> Cause:
+def _find_in_error(error: WorkerError, log_tail: Sequence[str]) -> _Finding:
     kind = _short_type(error.type)
     if kind in _OOM_TYPES or _OOM.search(error.message):
-        return Cause.OUT_OF_MEMORY
-    if kind in _PEER_TYPES or _PEER.search(error.message):
-        return Cause.PEER_LOST
+        found = _find_oom(error.message)
+        return replace(found, mark="", certainty=Certainty.PROOF if kind in _OOM_TYPES else found.certainty)
+    cuda = find_cuda_error(error.message.splitlines())
+    peer = kind in _PEER_TYPES or _PEER.search(error.message)
+    if cuda is not None and (not peer or cuda.trouble.certainty is not Certainty.HINT):
+        return _cuda(cuda)
+    if peer:
+        # What the main thread saw may be an echo of what another thread of this very process logged before.
+        logged, peer_at = find_cuda_error(log_tail), _first_at(_PEER, log_tail)
+        own = logged is not None and (peer_at is None or _comes_before(logged, peer_at))
+        return _cuda(logged) if logged is not None and own else _Finding(Cause.PEER_LOST)
     early = error.phase in (Phase.STARTING, Phase.BUILDING)
     if error.exit_code == ExitCode.BAD_INPUT or (kind in _INPUT_TYPES and early):
-        return Cause.BAD_INPUT
-    return Cause.USER_ERROR
+        return _Finding(Cause.BAD_INPUT, Certainty.PROOF)
+    return _Finding(Cause.USER_ERROR)
 
 
-def _severity(exit_code: int | None, cause: Cause) -> Severity:
-    if exit_code in (ExitCode.DONE, ExitCode.REQUEUE):
+def _comes_before(cuda: CudaError, peer_at: int) -> bool:
+    """Whether a GPU error is older than the loss of a peer; one that only a broken device reports is no echo anyway."""
+    return (cuda.at < peer_at and not cuda.trouble.second_hand) or cuda.trouble.severity is Severity.NODE
+
+
+def _cuda(cuda: CudaError) -> _Finding:
+    name = cuda.trouble.name
+    note = f"GPU error: {name}" + (f" on {cuda.device}" if cuda.device else "")
+    return _Finding(
+        Cause.CUDA_ERROR, cuda.trouble.certainty, cuda, cuda.device, f"gpu: {name}", f"{note} ({cuda.line})"
+    )
+
+
+def _find_oom(text: str) -> _Finding:
+    if not _GPU_OOM.search(text):
+        return _host_oom("memory of the host, not of a GPU")
+    device = named_device(text)
+    note = f"memory of {device or 'a GPU'}, not of the host"
+    return _Finding(Cause.OUT_OF_MEMORY, device=device, mark="GPU out of memory", note=note)
+
+
+def _host_oom(note: str) -> _Finding:
+    return _Finding(Cause.OUT_OF_MEMORY, mark="out of memory", note=note)
+
+
+def _find_bus_error(end: _End) -> _Finding:
+    if 0 <= end.ram_free_bytes < _NO_ROOM_BYTES:
+        return _host_oom(f"shared memory is full: {end.ram_free_bytes} bytes were left, and a page of it was touched")
+    left = f" ({end.ram_free_bytes >> 20} MiB of shared memory are free now)" if end.ram_free_bytes >= 0 else ""
+    note = f"candidates: faulty memory, a file that shrank while it was mapped, or shared memory that was full{left}"
+    return _Finding(Cause.WORKER_CRASH, note=note)
+
+
+def _in_scope(scope: str) -> str:
+    return f" (counted in {scope})" if scope else ""
+
+
+def _first_at(pattern: re.Pattern[str], lines: Sequence[str]) -> int | None:
+    return next((at for at, line in enumerate(lines) if pattern.search(line)), None)
+
+
+def _severity(end: _End, found: _Finding) -> Severity:
+    if end.exit_code in (ExitCode.DONE, ExitCode.REQUEUE):
         return Severity.NOTICE
-    if exit_code == ExitCode.BAD_NODE:
+    if end.exit_code == ExitCode.BAD_NODE:
         return Severity.NODE
-    if exit_code == ExitCode.DO_NOT_RESTART or cause is Cause.BAD_INPUT:
+    if end.exit_code == ExitCode.DO_NOT_RESTART or found.cause is Cause.BAD_INPUT:
         return Severity.JOB
-    return Severity.WORKERS
+    return found.cuda.trouble.severity if found.cuda is not None else Severity.WORKERS
 
 
-def _evidence(
-    node: str,
-    rank: int,
-    exit_code: int | None,
-    signal_number: int | None,
-    error: WorkerError | None,
-    log_tail: Sequence[str],
-    oom_kill: bool,
-    step: int,
-) -> tuple[str, ...]:
-    how = f"by {_exit_name(exit_code, signal_number)}" if signal_number is not None else f"with {_exit_name(exit_code)}"
-    where = f"in step {step}" if error is None else f"in step {error.step}, phase {error.phase.name.lower()}"
-    lines = [f"rank {rank} on {node} ended {how} {where}"]
-    if oom_kill:
-        lines.append("the kernel's out-of-memory killer ended it")
+def _evidence(end: _End, found: _Finding) -> tuple[str, ...]:
+    how = _exit_name(end.exit_code, end.signal_number)
+    how = f"by {how}" if end.signal_number is not None else f"with {how}"
+    error = end.error
+    where = f"in step {end.step}" if error is None else f"in step {error.step}, phase {error.phase.name.lower()}"
+    lines = [f"rank {end.rank} on {end.node} ended {how} {where}"]
     if error is not None:
         message = error.message.strip().splitlines() or [""]
         lines.append(f"{_short_type(error.type)}: {message[0]}")
-    else:
-        tail = [line.rstrip() for line in log_tail if line.strip()]
+    if found.note:
+        lines.append(found.note)
+    if error is None:
+        tail = [line.rstrip() for line in end.log_tail if line.strip()]
         lines.extend(f"log: {line}" for line in tail[-EVIDENCE_LOG_LINES:])
     return tuple(lines)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from health.crash import fingerprint, first_cause, judge_exit
-from health.verdict import Cause, Severity, Verdict
+from health.crash import Standing, fingerprint, first_cause, judge_exit, standing
+from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import Phase, WorkerError
 
 GLOO = (
@@ -128,3 +129,56 @@ def test_an_incident_is_charged_to_its_root_not_to_those_who_lost_a_peer() -> No
     assert first_cause([killed, bad_node]) is bad_node
     with pytest.raises(ValueError, match="verdict"):
         first_cause([])
+
+
+def test_the_root_is_found_in_whatever_order_verdicts_arrive() -> None:
+    """Promise: neither the many victims nor the order of reports decides; a root wins over a hundred echoes."""
+    echoes = [judged(why=error("RuntimeError", GLOO)) for _ in range(100)]
+    aborted = judged(None, signal.SIGABRT, log=("terminate called without an active exception",))
+    told = judged(None, signal.SIGTERM)
+    for root in (judged(why=error("IndexError", "5")), judged(None, signal.SIGSEGV), judged(None, signal.SIGKILL)):
+        arrived = [*echoes[:50], aborted, told, root, *echoes[50:]]
+        assert first_cause(arrived) is root
+        assert first_cause(arrived[::-1]) is root
+        assert standing(root) is Standing.ROOT
+    assert first_cause([*echoes, aborted]) is aborted
+
+
+VERDICTS = st.builds(
+    Verdict,
+    node=st.sampled_from(["node0", "node1"]),
+    rank=st.integers(0, 7),
+    cause=st.sampled_from(list(Cause)),
+    severity=st.sampled_from(list(Severity)),
+    step=st.just(1),
+    fingerprint=st.sampled_from(["SIGABRT", "SIGTERM", "SIGSEGV"]),
+    certainty=st.sampled_from(list(Certainty)),
+)
+
+
+@given(st.lists(VERDICTS, min_size=1), st.randoms(use_true_random=False))
+def test_a_lost_peer_never_wins_over_a_root(verdicts: list[Verdict], dice: Random) -> None:
+    """Promise: the root's standing does not depend on the order, and no echo is chosen where there is a failure."""
+    chosen = first_cause(verdicts)
+    shuffled = dice.sample(verdicts, len(verdicts))
+    assert standing(first_cause(shuffled)) is standing(chosen)
+    failures = [each for each in verdicts if each.severity is not Severity.NOTICE]
+    if any(each.cause is not Cause.PEER_LOST for each in failures):
+        assert chosen.cause is not Cause.PEER_LOST
+
+
+def test_a_bus_error_names_its_candidates() -> None:
+    """Promise: a full shared memory is out of memory; else faulty memory is only one of the candidates."""
+    full = judge_exit("node1", 3, None, signal.SIGBUS, None, (), False, 11, ram_free_bytes=4096)
+    assert (full.cause, full.fingerprint) == (Cause.OUT_OF_MEMORY, "out of memory")
+    assert "shared memory is full: 4096 bytes were left" in full.evidence[1]
+    other = judge_exit("node1", 3, None, signal.SIGBUS, None, (), False, 11, ram_free_bytes=5 << 20)
+    assert (other.cause, other.fingerprint) == (Cause.WORKER_CRASH, "SIGBUS")
+    assert "faulty memory" in other.evidence[1]
+    assert "(5 MiB of shared memory are free now)" in other.evidence[1]
+
+
+def test_an_oom_kill_says_where_the_kernel_counted_it() -> None:
+    """Promise: it can be seen whose limit it was."""
+    verdict = judge_exit("node1", 3, None, signal.SIGKILL, None, (), True, 11, oom_scope="cgroup /job/rank3")
+    assert verdict.evidence[1] == "the kernel's out-of-memory killer ended it (counted in cgroup /job/rank3)"
