@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from configs.schema import JobConfig
 from parallelism import titan
+from parallelism.clock import Clock, Part
 from parallelism.gradients import clip_by_global_norm
 from parallelism.initialise import derive_seed, materialise
 from parallelism.mesh import MeshCoords, World, coords_of, loss_ranks
@@ -23,7 +24,8 @@ from parallelism.uncounted import evaluation, forget_trial_runs
 class Engine:
     """A model and its optimizer on this rank. Built by `build_engine`; every rank calls every method in step.
 
-    coords: where this rank stands. n_params and flops_per_token are those of the whole model.
+    coords: where this rank stands. n_params and flops_per_token are those of the whole model. clock: is told what
+    this rank computes; one that runs may be put in its place.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Engine:
         self.dp_rank = coords.dp_rank
         self.dp_degree = coords.dp_degree
         self.reads_data = True
+        self.clock = Clock()
         self.global_tokens = config.training.global_batch_size * config.training.seq_len
 
     def forward_backward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -69,11 +72,17 @@ class Engine:
             zero on a rank without the last stage.
         """
         if self.schedule is not None:
-            return self._run_schedule(self.schedule.step, tokens, positions)
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for loss in self._chunk_losses(tokens, positions):
-            loss.backward()
-            total += loss.detach()
+            self.clock.switch(Part.BACKWARD)
+            total = self._run_schedule(self.schedule.step, tokens, positions)
+        else:
+            total = torch.zeros((), dtype=torch.float32, device=self.device)
+            self.clock.switch(Part.FORWARD)
+            for loss in self._chunk_losses(tokens, positions):
+                self.clock.switch(Part.BACKWARD)
+                loss.backward()
+                total += loss.detach()
+                self.clock.switch(Part.FORWARD)
+        self.clock.switch(Part.OTHER)
         return total
 
     def evaluate(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -132,12 +141,17 @@ class Engine:
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Scale gradients down to a global norm of max_norm; returns the norm before, equal on every rank."""
-        return clip_by_global_norm(self.parts, dist.get_world_size() // self.config.parallelism.pp, max_norm)
+        self.clock.switch(Part.OPTIMIZER)
+        norm = clip_by_global_norm(self.parts, dist.get_world_size() // self.config.parallelism.pp, max_norm)
+        self.clock.switch(Part.OTHER)
+        return norm
 
     def optimizer_step(self, lr: float) -> None:
         """Apply the accumulated gradients at learning rate lr, and clear them."""
+        self.clock.switch(Part.OPTIMIZER)
         self.optimizer.step(lr)
         self.optimizer.zero_grad()
+        self.clock.switch(Part.OTHER)
 
     def discard_update(self) -> None:
         """Forget the accumulated gradients, and all else that the batch left behind."""

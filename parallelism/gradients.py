@@ -37,7 +37,10 @@ def clip_by_global_norm(parts: list[nn.Module], stage_ranks: int, max_norm: floa
     with torch.no_grad():
         norms = torch.stack(torch._foreach_norm(gradients)).double()
         squares = norms.square() @ torch.tensor(shares, dtype=torch.float64, device=device)
-        dist.all_reduce(squares)
+        # Not a synchronous one: NCCL would run it among what computes, where waiting cannot be told from computing.
+        summing = dist.all_reduce(squares, async_op=True)
+        assert summing is not None
+        summing.wait()
         norm = squares.sqrt().float()
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
