@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 import msgspec
@@ -23,24 +23,30 @@ class Candidates(msgspec.Struct, frozen=True):
     rejected: int
 
 
-def any_snapshot(run_dir: Path, far: SnapshotSource | None) -> bool:
-    """Whether there is anything to go on from, whole or damaged.
+def any_snapshot(
+    run_dir: Path, far: SnapshotSource | None, abandoned: Container[tuple[int, int]] = ()
+) -> bool:  # fmt: skip
+    """Whether there is anything to go on from, whole or damaged. abandoned: ages of a history that was given up.
 
     Raises:
         SourceError: if the run directory has nothing, and whether the bucket has cannot be found out: beginning from
             the first step would then be a guess.
     """
-    if disk.committed_steps(run_dir):
+    given_up = {age[1] for age in disk.committed_ages(run_dir) if age in abandoned}
+    if set(disk.committed_steps(run_dir)) - given_up:
         return True
     try:
-        return far is not None and far.anything()
+        if far is None or not far.anything():
+            return False
+        known = far.committed()
+        return not known or any(age not in abandoned for age in known)
     except SourceError as error:
         assert far is not None
         raise SourceError(_nothing_here(run_dir, far, error)) from error
 
 
 def list_candidates(
-    run_dir: Path, far: SnapshotSource | None, rejected: Collection[tuple[int, int]], trouble: Callable[[str], None]
+    run_dir: Path, far: SnapshotSource | None, rejected: Container[tuple[int, int]], trouble: Callable[[str], None]
 ) -> Candidates:  # fmt: skip
     """Every committed snapshot, near or far. trouble: hears that the bucket cannot be reached.
 
@@ -57,7 +63,7 @@ def list_candidates(
         if not known:
             raise NoSnapshotError(_nothing_here(run_dir, far, error)) from error
         trouble(f"{far.name} cannot be reached, going on with the snapshots in the run directory: {error}")
-    ages = sorted(known - set(rejected), reverse=True)
+    ages = sorted((age for age in known if age not in rejected), reverse=True)
     return Candidates(tuple(ages), len(known) - len(ages))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,7 @@ class Places:
     run_dir: Path
     sources: Sequence[ShardSource] = ()
     far: SnapshotSource | None = None
-    rejected: Collection[tuple[int, int]] = ()
+    rejected: Container[tuple[int, int]] = ()
     scratch_dir: Path | None = None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -126,7 +126,7 @@ class SnapshotManager:
         self, ram_step: int, agree: Callable[[bool], bool], broadcast: Callable[[list[int]], list[int]],
         report: Callable[[Rejection], None] = lambda rejection: None,
         *, sources: Sequence[ShardSource] = (), far: SnapshotSource | None = None,
-        rejected: Collection[tuple[int, int]] = (), scratch_dir: Path | None = None,
+        rejected: Container[tuple[int, int]] = (), scratch_dir: Path | None = None,
         repaired: Callable[[Repair], None] = lambda repair: None,
         trouble: Callable[[str], None] = lambda words: None,
         progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
@@ -138,7 +138,7 @@ class SnapshotManager:
         all ranks said yes (a collective); broadcast: rank 0's list on every rank; the other callables: see
         `loading.Reports`; the other arguments: see `loading.Places`. Raises what `loading.Loader.load` does.
         """
-        places = Places(self.run_dir, sources, far, frozenset(rejected), scratch_dir)
+        places = Places(self.run_dir, sources, far, rejected, scratch_dir)
         target = Target(self.state, self._flat, self._leaf_names, self._plan.digest, self._slots)
         ranks = Ranks(self.rank, self.world_size, agree, broadcast)
         return Loader(target, ranks, places, Reports(report, repaired, trouble, progress)).load(ram_step)

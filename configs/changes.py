@@ -39,6 +39,7 @@ _REFUSED = {
     "run.seed": "the seed fixes the order of the data",
     "model": "the saved weights belong to the old model",
     "data.sets": "step s must read the same samples after a restart as before it",
+    "data.leave_out": "step s must read the same samples after a restart as before it",
     "data.tokenizer": "the model has learnt the old token ids",
     "training.seq_len": "samples are cut to this length, so every later step would read other data",
     "training.global_batch_size": "it decides which samples step s reads",

@@ -50,12 +50,21 @@ class DataSet(Section, frozen=True, kw_only=True):
     weight: PositiveFloat = 1.0
 
 
+class LeaveOut(Section, frozen=True, kw_only=True):
+    """`[[data.leave_out]]`: `count` batches from `first` on, which no step reads; batches count from 1."""
+
+    first: Positive
+    count: Positive = 1
+
+
 class DataConfig(Section, frozen=True, kw_only=True):
-    """`[data]`: the blend, the tokenizer that made it (a tokenizers JSON file), and how far to read ahead."""
+    """`[data]`: the blend, the tokenizer that made it (a tokenizers JSON file), how far to read ahead, and what not
+    to read: step s takes the s-th batch of those that leave_out leaves."""
 
     sets: tuple[DataSet, ...]
     tokenizer: str
     prefetch_steps: Positive = 2
+    leave_out: tuple[LeaveOut, ...] = ()
 
 
 class TrainingConfig(Section, frozen=True, kw_only=True):
@@ -183,6 +192,11 @@ class HealthConfig(Section, frozen=True, kw_only=True):
     A node is lost after heartbeat_timeout_s without a heartbeat. A job hangs when no rank makes progress for
     hang_factor times the slowest recent step, never less than hang_floor_s; startup_timeout_s bounds the time to
     the first step. max_restarts is the budget of automatic restarts for the run.
+
+    preflight: each node examines itself before it joins, and one that fails does not join. A device that is slower
+    than its peers' median by preflight_slow_pct fails too (0: never). Nodes without ranks repeat the known-answer
+    tests every selftest_interval_minutes (0: never). Every node_probe_interval_s (0: never) a node looks at its disks,
+    memory and ports; others' processes are reported when they take foreign_load_pct of the processors (0: never).
     """
 
     heartbeat_interval_s: PositiveFloat = 1.0
@@ -191,6 +205,11 @@ class HealthConfig(Section, frozen=True, kw_only=True):
     hang_floor_s: PositiveFloat = 10.0
     startup_timeout_s: PositiveFloat = 600.0
     max_restarts: NonNegative = 100
+    preflight: bool = True
+    preflight_slow_pct: Annotated[float, msgspec.Meta(ge=0, lt=100)] = 20.0
+    selftest_interval_minutes: NonNegativeFloat = 10.0
+    node_probe_interval_s: NonNegativeFloat = 10.0
+    foreign_load_pct: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
 
 
 class NumbersConfig(Section, frozen=True, kw_only=True):
@@ -205,7 +224,7 @@ class NumbersConfig(Section, frozen=True, kw_only=True):
     the load of each expert are looked at.
     """
 
-    window_steps: Annotated[int, msgspec.Meta(ge=4)] = 64
+    window_steps: Annotated[int, msgspec.Meta(ge=4, le=256)] = 64
     warmup_steps: NonNegative = 100
     spike_z: NonNegativeFloat = 10.0
     max_skips: NonNegative = 3

@@ -18,7 +18,7 @@ import msgspec
 from configs.changes import resume_rule
 from configs.decode import expected
 from configs.load import preset_paths
-from configs.schema import DataSet, JobConfig
+from configs.schema import DataSet, JobConfig, LeaveOut
 from configs.tomltext import toml_value
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -68,7 +68,7 @@ def _sections() -> Mapping[str, type[msgspec.Struct]]:
     for field in msgspec.structs.fields(JobConfig):
         found[field.name] = field.type
         if field.name == "data":
-            found["data.sets"] = DataSet
+            found |= {"data.sets": DataSet, "data.leave_out": LeaveOut}
     return found
 
 
@@ -77,7 +77,7 @@ def _keys(section: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldIn
 
 
 def _block(name: str, section: type[msgspec.Struct], words: Mapping[str, str]) -> str:
-    title = f"[[{name}]]" if section is DataSet else f"[{name}]"
+    title = f"[[{name}]]" if section in (DataSet, LeaveOut) else f"[{name}]"
     lines = [f"## `{title}`", "", words["about"].strip(), ""]
     lines += ["| key | value | unit | default | resume | meaning |", "|---|---|---|---|---|---|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in _rows(name, section, words))])
@@ -89,7 +89,7 @@ def _rows(name: str, section: type[msgspec.Struct], words: Mapping[str, str]) ->
         if not bar:
             unit, meaning = next((unit for end, unit in _UNITS.items() if f"_{key}".endswith(end)), ""), words[key]
         default = "must be set" if field.required else f"`{toml_value(field.default)}`"
-        allowed, _ = resume_rule(name if section is DataSet else f"{name}.{key}")
+        allowed, _ = resume_rule(name if section in (DataSet, LeaveOut) else f"{name}.{key}")
         yield f"`{key}`", _value(field.type), unit, default, "allowed" if allowed else "refused", meaning
 
 

@@ -7,20 +7,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
-from checkpointing.manager import SnapshotManager
+from checkpointing.manager import LoadedSnapshot, SnapshotManager
 from checkpointing.policy import TierPolicy
 from checkpointing.segment import SLOTS, SLOTS_WITH_COPIES
 from configs.models import FAMILIES
 from configs.schema import JobConfig
 from parallelism.engine import Engine, build_engine
-from parallelism.mesh import World
+from parallelism.mesh import World, loss_ranks
 from trainer.copies import CopyWait
 from trainer.data import Prefetcher, StepReader
 from trainer.events import FactKind, LineFile, Phase, StepRecord
+from trainer.history import batch_of, union
 from trainer.ledger import SampleLedger
 from trainer.main import RankContext
+from trainer.numbers import NUMBERS, NumbersWatch, Stretch, WatchState
 from trainer.paths import metrics_path, segments_dir
 from trainer.prepared import read_info
 from trainer.resume import bucket, canary, complete_metrics, has_snapshot, resume
@@ -35,7 +38,8 @@ class Rank:
     from_memory: whether that was in the nodes' memory. canary: the loss that was logged for first_step, None if none
     was. measured: what the last step's validation gave. unpublished: the row of the last step, while its snapshot is
     not yet safe. persisted_s: monotonic time of the last snapshot for the run directory. eod_id: None where attention
-    knows no documents. started_s: monotonic time at which the process began.
+    knows no documents. started_s: monotonic time at which the process began. tells_loss: whether this rank's loss is
+    the one of its dp rank. stretch: steps whose batches shall be left out.
     """
 
     context: RankContext
@@ -58,6 +62,9 @@ class Rank:
     canary: float | None
     persisted_s: float
     validation: Validation | None
+    watch: NumbersWatch
+    tells_loss: bool
+    stretch: Stretch | None = None
     unpublished: StepRecord | None = None
     measured: Measured | None = None
     told: bool = False
@@ -102,7 +109,8 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         complete_metrics(metrics, loaded)
     context.heart.beat(Phase.LOADING, step=step)
     vocab_size = config.model.vocab_size or FAMILIES[config.model.family][config.model.flavor].vocab_size
-    reader = StepReader(config, engine.dp_rank, engine.dp_degree, vocab_size)
+    left_out = union(((each.first, each.count) for each in config.data.leave_out), context.start.left_out)
+    reader = StepReader(config, engine.dp_rank, engine.dp_degree, vocab_size, left_out)
     data = Prefetcher(reader, step + 1, config.training.steps, config.data.prefetch_steps)
     stack.callback(data.close)
     eod_id = _eod_id(config) if engine.needs_masks else None
@@ -125,10 +133,18 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         copies=CopyWait(context, snapshots, config.checkpoint.peer_wait_s) if context.start.wait_for_copies else None,
         loaded=(loaded.generation, loaded.step) if loaded else (0, 0),
         from_memory=loaded is not None and loaded.tier == "ram",
-        canary=canary(context, config, loaded) if loaded else None,
+        canary=canary(context, config, loaded, batch_of(step + 1, left_out)) if loaded else None,
         persisted_s=time.monotonic(),
         validation=build_validation(config, engine, context.heart, eod_id, vocab_size),
+        tells_loss=context.rank in loss_ranks(config.parallelism),
+        watch=NumbersWatch(config.numbers, config.training.steps, _watch_state(loaded)),
     )
+
+
+def _watch_state(loaded: LoadedSnapshot | None) -> WatchState | None:
+    """What the loaded state's own run knew of its numbers; imported snapshots know nothing."""
+    known = loaded.scalars.get(NUMBERS) if loaded else None
+    return None if known is None else msgspec.convert(known, WatchState)
 
 
 def _sends_copies(config: JobConfig) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 
 from configs.schema import DataConfig, JobConfig
+from trainer.history import Ranges, batch_of, passed_over
 from trainer.indexed import IndexedCorpus, Tokens
 from trainer.prepared import file_digest, is_whole, read_info
 from trainer.sampler import Blend, EpochOrder, epoch_order, step_samples, windows_per_epoch
@@ -21,6 +22,8 @@ class StepBatch:
     """What one data-parallel rank trains on in one step.
 
     Attributes:
+        batch: position in the job's stream of batches; the step's number if nothing before it was left out.
+        passed: ranges (first, count) of global sample numbers, of all ranks, that were left out just before it.
         tokens: int64 [local_batch, seq_len + 1]; inputs are [:, :-1], labels [:, 1:].
         first: global sample number of the first row; rows are consecutive.
         count: local_batch.
@@ -28,6 +31,8 @@ class StepBatch:
     """
 
     step: int
+    batch: int
+    passed: Ranges
     tokens: Tokens
     first: int
     count: int
@@ -81,12 +86,15 @@ class SetReader:
 
 
 class StepReader:
-    """Reads any step of a job, in any order: a pure function of the configuration and the step."""
+    """Reads any step of a job, in any order: a pure function of the configuration, what is left out, and the step."""
 
-    def __init__(self, config: JobConfig, dp_rank: int, dp_degree: int, vocab_size: int = 0) -> None:
+    def __init__(
+        self, config: JobConfig, dp_rank: int, dp_degree: int, vocab_size: int = 0, left_out: Ranges = ()
+    ) -> None:  # fmt: skip
         """Map the sets.
 
         Args:
+            left_out: positions of batches that no step reads, as `trainer.history.union` puts them.
             vocab_size: the model's; 0 takes model.vocab_size, which is 0 itself if the flavour's own is used.
 
         Raises:
@@ -100,6 +108,7 @@ class StepReader:
                 "ranks; make it a multiple"
             )
         self._dp_rank, self._dp_degree = dp_rank, dp_degree
+        self._left_out = left_out
         self._seq_len = config.training.seq_len
         self._vocab_size = vocab_size or config.model.vocab_size
         self._prefixes = [Path(data_set.path) for data_set in config.data.sets]
@@ -117,14 +126,16 @@ class StepReader:
         Raises:
             ValueError: a token is not in the vocabulary.
         """
-        samples = step_samples(step, self._global_batch, self._dp_rank, self._dp_degree)
+        batch, size = batch_of(step, self._left_out), self._global_batch
+        passed = tuple(((first - 1) * size, count * size) for first, count in passed_over(step, self._left_out))
+        samples = step_samples(batch, size, self._dp_rank, self._dp_degree)
         tokens = np.empty((len(samples), self._seq_len + 1), dtype="<i8")
         for row, sample in zip(tokens, samples, strict=True):
             draw = self._blend.locate(sample)
             self._sets[draw.set_index].read_into(row, draw.number)
             self._check_ids(row, draw.set_index)
         digest = xxhash.xxh3_64_hexdigest(tokens.data)
-        return StepBatch(step=step, tokens=tokens, first=samples.start, count=len(samples), digest=digest)
+        return StepBatch(step, batch, passed, tokens, samples.start, len(samples), digest)
 
     def _check_ids(self, row: Tokens, set_index: int) -> None:
         if self._vocab_size and int(row.max()) >= self._vocab_size:

@@ -48,7 +48,9 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
 
     ram_step: the step that every rank's own RAM tier holds whole and verified, -1 if none; tried first.
     ram_dir: the node's folder in shared memory (segments, heartbeat slots, error files).
-    rejected: snapshots (generation, step) that a loss has shown to be wrong, never to be loaded again.
+    rejected: snapshots (generation, step) that a loss has shown to be wrong, never to be loaded again. abandoned: what
+    no snapshot of this or an earlier generation may be beyond. left_out: ranges (first, count) of batches that no step
+    reads. All three: see `trainer.history`.
     peers: `host:port` of agents that may hold copies of this node's shards.
     wait_for_copies: whether anybody may ever take copies of this node's snapshots. node_dir: the node's folder on its
     own disk, "" if it has none.
@@ -60,6 +62,8 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     ram_dir: str
     ram_step: int
     rejected: tuple[tuple[int, int], ...] = ()
+    abandoned: tuple[tuple[int, int], ...] = ()
+    left_out: tuple[tuple[int, int], ...] = ()
     peers: tuple[str, ...] = ()
     wait_for_copies: bool = False
     node_dir: str = ""
@@ -85,7 +89,8 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One line of metrics.jsonl. None means not known or not finite, never zero.
 
-    t_wall_s: when the step ended, the validation after it included, which step_s is without.
+    t_wall_s: when the step ended, the validation after it included, which step_s is without. batch: position of the
+    batch that it read, 0 if that is not known.
     """
 
     step: int
@@ -108,6 +113,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     skipped: bool = False
     validation_loss: float | None = None
     validation_s: float = 0.0
+    batch: int = 0
 
 
 class Oddity(enum.StrEnum):

@@ -13,10 +13,15 @@ from pathlib import Path
 import msgspec
 
 from trainer.events import LineFile
+from trainer.history import Ranges, batch_of
 
 
-class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank's samples of one step: global sample numbers first .. first + count, digest of their token bytes."""
+class LedgerLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One rank's samples of one step: global sample numbers first .. first + count, digest of their token bytes.
+
+    passed: ranges (first, count) of global sample numbers that the whole job left out just before this step. skipped:
+    the samples were read, and the update that came of them was not applied.
+    """
 
     step: int
     generation: int
@@ -24,6 +29,8 @@ class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
     first: int
     count: int
     digest: str
+    passed: Ranges = ()
+    skipped: bool = False
 
 
 def samples_dir(run_dir: Path) -> Path:
@@ -46,11 +53,17 @@ class SampleLedger:
         self._dp_rank = dp_rank
         self._generation = generation
 
-    def append(self, step: int, first: int, count: int, digest: str) -> OSError | None:
-        """Write down what this rank reads in a step; on a full disk the line waits in memory, and why is returned."""
+    def append(
+        self, step: int, first: int, count: int, digest: str, passed: Ranges = (), skipped: bool = False
+    ) -> OSError | None:
+        """Write down what this rank reads in a step; on a full disk the line waits in memory, and why is returned.
+
+        A second line of the same step replaces the first: its update turned out to be `skipped`.
+        """
         line = LedgerLine(
-            step=step, generation=self._generation, dp_rank=self._dp_rank, first=first, count=count, digest=digest
-        )
+            step=step, generation=self._generation, dp_rank=self._dp_rank, first=first, count=count, digest=digest,
+            passed=passed, skipped=skipped,
+        )  # fmt: skip
         return self._file.keep(line)
 
 
@@ -82,14 +95,19 @@ def _whole_lines(path: Path) -> Iterator[LedgerLine]:
         yield line
 
 
-def check_exactly_once(samples: Mapping[int, Sequence[LedgerLine]], steps: int, global_batch: int) -> None:
+def check_exactly_once(
+    samples: Mapping[int, Sequence[LedgerLine]], steps: int, global_batch: int, left_out: Ranges = ()
+) -> None:
     """Prove that steps 1 .. steps read every global sample number exactly once. Later steps are not looked at.
+
+    left_out: ranges (first, count) of batches, as `trainer.history.union` puts them, that no step may have read.
 
     Raises:
         ValueError: naming the first step whose samples are missing, doubled, or not its own.
     """
     for step in range(1, steps + 1):
-        expected = (step - 1) * global_batch
+        expected = (batch_of(step, left_out) - 1) * global_batch
+        end = expected + global_batch
         lines = sorted(samples.get(step, ()), key=lambda line: line.first)
         if not lines:
             raise ValueError(f"step {step}: no rank wrote down its samples")
@@ -99,5 +117,5 @@ def check_exactly_once(samples: Mapping[int, Sequence[LedgerLine]], steps: int, 
                 at = min(line.first, expected)
                 raise ValueError(f"step {step}: samples from {at} are {fault} before dp rank {line.dp_rank}'s")
             expected += line.count
-        if expected != step * global_batch:
-            raise ValueError(f"step {step}: its samples end before {expected}, not before {step * global_batch}")
+        if expected != end:
+            raise ValueError(f"step {step}: its samples end before {expected}, not before {end}")

@@ -21,6 +21,8 @@ from trainer.canary import CanaryError, differs
 from trainer.data import document_positions
 from trainer.events import FactKind, Phase, StepRecord
 from trainer.metrics import bf16_peak_tflops, host_memory_gib, utilisation_pct
+from trainer.numbers import NUMBERS
+from trainer.trouble import leave_update_out, wait_to_go_back
 from trainer.validation import Measured
 
 _DRAIN_POLL_S = 0.005
@@ -29,15 +31,15 @@ _RETRY_S = 5.0
 
 @dataclass(frozen=True)
 class Vote:
-    """What all ranks agreed on. bad: some rank's loss or gradient is not finite. busy: some rank still persists.
+    """What all ranks agreed on. busy: some rank still persists. loss: the step's mean loss over all ranks.
 
     clock_due: rank 0 says that it is time for the run directory to get a snapshot.
     """
 
-    bad: bool
     leave: bool
     busy: bool
     clock_due: bool
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class StepStats:
     skipped: bool
     data_s: float
     stall_s: float
+    batch: int
 
 
 def train(rank: Rank) -> None:
@@ -65,6 +68,9 @@ def train(rank: Rank) -> None:
         heart.beat(Phase.SNAPSHOT, last_step_s=ended_s - began_s)
         rank.unpublished = make_record(rank, stats, ended_s - began_s)
         began_s = ended_s if rank.measured is None else time.monotonic()
+        if rank.stretch is not None and not vote.leave:
+            publish(rank)
+            wait_to_go_back(rank)
         snapshot(rank, vote, final=rank.step == last or vote.leave)
         if rank.copies is None:
             publish(rank)
@@ -105,14 +111,14 @@ def is_secure(rank: Rank) -> bool:
 
 
 def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
-    """One optimizer step. The weights change only if every rank's numbers are finite."""
+    """One optimizer step. The weights change only if the numbers of all ranks are sane."""
     heart, engine = rank.context.heart, rank.engine
     heart.beat(Phase.DATA, step)
     began_s = time.monotonic()
     batch = rank.data.get(step)
     data_s = time.monotonic() - began_s
     if rank.ledger is not None:
-        rank.tell_once(rank.ledger.append(step, batch.first, batch.count, batch.digest))
+        rank.tell_once(rank.ledger.append(step, batch.first, batch.count, batch.digest, batch.passed))
     heart.beat(Phase.FORWARD_BACKWARD)
     engine.seed_step(step)
     positions = None if rank.eod_id is None else torch.from_numpy(document_positions(batch.tokens, rank.eod_id))
@@ -124,31 +130,34 @@ def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
     if rank.copies is not None and rank.policy.copies(step - 1) and (step > rank.first_step or rank.from_memory):
         stall_s += rank.copies.wait()
     heart.beat(Phase.VOTE)
-    vote = take_vote(rank, loss, grad_norm)
+    vote = take_vote(rank, loss)
     # Every rank's copies of the step before are whole by now: nothing can take it back any more.
     publish(rank)
     if step == rank.first_step and rank.canary is not None:
         check_canary(rank, loss, rank.canary)
     heart.beat(Phase.OPTIMIZER)
     lr = learning_rate(rank.config.optimizer, rank.config.training.steps, step)
-    if vote.bad:
-        engine.discard_update()
-        if rank.context.rank == 0:
-            rank.context.note(FactKind.UPDATE_SKIPPED, f"not finite: gradient norm {float(grad_norm)}; samples from "
-                              f"{batch.first} on were read")  # fmt: skip
+    finding = rank.watch.judge(step, vote.loss, float(grad_norm))
+    if finding is not None:
+        leave_update_out(rank, batch, finding)
     else:
         engine.optimizer_step(lr)
-    return StepStats(loss, float(grad_norm), lr, vote.bad, data_s, stall_s), vote
+        rank.stretch = rank.watch.applied(step, vote.loss, float(grad_norm))
+    return StepStats(loss, float(grad_norm), lr, finding is not None, data_s, stall_s, batch.batch), vote
 
 
-def take_vote(rank: Rank, loss: Tensor, grad_norm: Tensor) -> Vote:
-    """Agree on whether the update is sane, whether to leave, and what the disk needs. One small collective."""
-    finite = bool(torch.isfinite(loss)) and bool(torch.isfinite(grad_norm))
+def take_vote(rank: Rank, loss: Tensor) -> Vote:
+    """Agree on the loss, whether to leave, and what the disk needs. One small collective.
+
+    Sums come out the same on every rank, to the last bit, so that all of them judge the loss alike.
+    """
     clock_due = rank.context.rank == 0 and rank.policy.clock_due(time.monotonic() - rank.persisted_s)
-    mine = [not finite, rank.context.leave_requested, rank.snapshots.persist_busy, clock_due]
-    ballot = torch.tensor(mine, dtype=torch.int32)
-    dist.all_reduce(ballot, op=dist.ReduceOp.MAX)
-    return Vote(*(bool(value) for value in ballot.tolist()))
+    share = float(loss) if rank.tells_loss else 0.0
+    mine = [rank.context.leave_requested, rank.snapshots.persist_busy, clock_due, share]
+    ballot = torch.tensor(mine, dtype=torch.float64)
+    dist.all_reduce(ballot)
+    leave, busy, due, loss_avg = ballot.tolist()
+    return Vote(leave > 0, busy > 0, due > 0, loss_avg)
 
 
 def check_canary(rank: Rank, loss: Tensor, expected: float) -> None:
@@ -166,7 +175,8 @@ def check_canary(rank: Rank, loss: Tensor, expected: float) -> None:
 def snapshot(rank: Rank, vote: Vote, final: bool) -> None:
     """Begin to copy the state to shared memory, if the step is due; the next step waits for the copy, not this one."""
     feed = rank.policy.feed(rank.step, final, vote.busy, vote.clock_due)
-    if not feed.stage:
+    # What the run may have to go back to must not be pushed out by what it would go back from.
+    if not feed.stage or (rank.watch.unsettled and not final):
         return
     rank.context.heart.beat(Phase.SNAPSHOT)
     deadline_s = time.monotonic() + rank.config.cluster.leave_timeout_s
@@ -185,7 +195,8 @@ def scalars(rank: Rank) -> dict[str, Json]:
     """What a snapshot says beside tensors: its step's own row, too, which may not have reached metrics.jsonl."""
     row = None if rank.unpublished is None else msgspec.to_builtins(rank.unpublished)
     loss = None if rank.measured is None else rank.measured.loss
-    return {"tokens_seen": rank.tokens_seen, VALIDATION_LOSS: loss, "record": row}
+    numbers = msgspec.to_builtins(rank.watch.state)
+    return {"tokens_seen": rank.tokens_seen, VALIDATION_LOSS: loss, "record": row, NUMBERS: numbers}
 
 
 def make_record(rank: Rank, stats: StepStats, step_s: float) -> StepRecord | None:
@@ -224,6 +235,7 @@ def make_record(rank: Rank, stats: StepStats, step_s: float) -> StepRecord | Non
         skipped=stats.skipped,
         validation_loss=measured.loss,
         validation_s=measured.seconds,
+        batch=stats.batch,
     )
 
 

@@ -14,6 +14,8 @@ import msgspec
 from configs.schema import NumbersConfig
 from trainer.events import Oddity
 
+NUMBERS = "numbers"  # the scalar of a snapshot that holds a WatchState
+
 # The deviation of a normal distribution is so many median absolute deviations.
 _NORMAL = 1.4826
 # Least deviation, in parts of the value: what is steadier than this still moves so much when nothing is wrong.

@@ -20,6 +20,7 @@ from checkpointing.transfer_client import PeerSource
 from configs.schema import JobConfig
 from trainer.canary import logged_record
 from trainer.events import FactKind, LineFile, Phase, StepRecord
+from trainer.history import Refused
 from trainer.main import DoNotRestartError, RankContext
 from trainer.paths import metrics_path, transfer_key_path
 
@@ -41,7 +42,8 @@ def has_snapshot(context: RankContext, far: SnapshotSource | None) -> bool:
     Raises:
         SourceError: on rank 0, if only the bucket could have one and cannot be reached.
     """
-    found = context.start.ram_step >= 0 or (context.rank == 0 and any_snapshot(context.run_dir, far))
+    abandoned = Refused(abandoned=context.start.abandoned)
+    found = context.start.ram_step >= 0 or (context.rank == 0 and any_snapshot(context.run_dir, far, abandoned))
     return bool(rank0_says([int(found)])[0])
 
 
@@ -66,7 +68,7 @@ def resume(context: RankContext, snapshots: SnapshotManager, far: SnapshotSource
     try:
         loaded = snapshots.load(
             start.ram_step, all_agree, rank0_says, rejected,
-            sources=_sources(context), far=far, rejected=start.rejected,
+            sources=_sources(context), far=far, rejected=Refused(start.rejected, start.abandoned),
             scratch_dir=Path(start.node_dir) if start.node_dir else None,
             repaired=repaired, trouble=lambda words: context.note(FactKind.TIER_BEHIND, words), progress=teller.tell,
         )  # fmt: skip
@@ -91,11 +93,16 @@ def complete_metrics(metrics: LineFile, loaded: LoadedSnapshot) -> None:
         metrics.keep(record)
 
 
-def canary(context: RankContext, config: JobConfig, loaded: LoadedSnapshot) -> float | None:
-    """The loss that was logged for the step after the loaded one, the same answer on every rank. Collective."""
+def canary(context: RankContext, config: JobConfig, loaded: LoadedSnapshot, batch: int) -> float | None:
+    """The loss that was logged for the step after the loaded one, the same answer on every rank. Collective.
+
+    batch: what that step reads now; a loss on another batch says nothing.
+    """
     found = None
     if context.rank == 0:
         found = logged_record(metrics_path(context.run_dir), loaded.step + 1, loaded.generation)
+    if found is not None and found.batch and found.batch != batch:
+        found = None
     loss = found.loss_avg if found is not None and config.checkpoint.canary_tolerance > 0 else None
     box = torch.tensor([math.nan if loss is None else loss], dtype=torch.float64)
     dist.broadcast(box, 0)
