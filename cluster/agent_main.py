@@ -35,7 +35,9 @@ def run_node(node: Node) -> None:
 
     def on_deaths(deaths: Sequence[WorkerDeath]) -> None:
         node.forward_facts()  # what they had to say comes before how they ended
-        node.state.workers_died([node.worker_exit(d.local_rank, d.exit_code, d.signal_number) for d in deaths])
+        ends = [node.worker_exit(d.local_rank, d.exit_code, d.signal_number) for d in deaths]
+        # The first to fail comes first: of two alike it is the cause.
+        node.state.workers_died(sorted(ends, key=lambda end: end.t_wall_s))
 
     while True:
         elastic = NodeElasticAgent(
@@ -49,7 +51,6 @@ def run_node(node: Node) -> None:
             node.told_to_leave,
             _MONITOR_INTERVAL_S,
         )
-        node.remember_oom_kills()
         node.state.beats = lambda e=elastic: node.beats(e.worker_pids())  # type: ignore[misc]
         node.state.on_save = lambda e=elastic: e.signal_workers(signal.SIGUSR1)  # type: ignore[misc]
         result = elastic.run()

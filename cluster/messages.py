@@ -56,7 +56,11 @@ class Readiness(msgspec.Struct, frozen=True):
 
 
 class WorkerExit(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker ended badly. exit_code is None when a signal ended it."""
+    """A worker ended badly. exit_code is None when a signal ended it.
+
+    oom_scope: where the kernel counted the OOM kill, "" if it was none. ram_free_bytes: what was left in the node's
+    shared memory then, -1 for not known.
+    """
 
     rank: int
     generation: int
@@ -66,6 +70,8 @@ class WorkerExit(msgspec.Struct, frozen=True, kw_only=True):
     log_tail: tuple[str, ...]
     oom_kill: bool
     t_wall_s: float
+    oom_scope: str = ""
+    ram_free_bytes: int = -1
 
 
 class NumberedFact(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import threading
@@ -12,13 +13,15 @@ from pathlib import Path
 import msgspec
 
 from cluster.agent import AgentState
-from cluster.messages import HeldInfo, Plan, RankBeat, WorkerExit
+from cluster.messages import HeldInfo, Plan, RankBeat, RankTimes, WorkerExit
+from cluster.oom import OomWatch
 from cluster.planning import ranks_of
 from cluster.rundir import RunDir
 from cluster.tiers import NodeTiers
 from configs.schema import JobConfig
 from trainer.events import Fact, HeartbeatFile, WorkerError, WorkerStart
-from trainer.paths import error_path, facts_path, heartbeat_path, rank_log, segments_dir
+from trainer.paths import error_path, facts_path, heartbeat_path, rank_log, segments_dir, times_path
+from trainer.timings import NewSteps, TimesFile
 
 _LOG_TAIL_LINES = 40
 
@@ -35,9 +38,12 @@ class Node:
         self.state = AgentState(node, host, self.take_inventory)
         self.plan: Plan | None = None
         self.slots = HeartbeatFile(heartbeat_path(self.ram_dir), len(self.local_ranks))
+        self.step_times = TimesFile(times_path(self.ram_dir), len(self.local_ranks))
+        self.new_steps = NewSteps(self.step_times)
         self.facts_read = [0] * len(self.local_ranks)
         self._facts_lock = threading.Lock()
-        self.oom_kills_before = 0
+        self.oom = OomWatch()
+        self.log_starts: dict[int, int] = {}
 
     def open(self) -> None:
         """Make the node's folder in shared memory, empty: what an earlier agent left is not trusted."""
@@ -45,6 +51,8 @@ class Node:
         segments_dir(self.ram_dir).mkdir(mode=0o700, parents=True)
         self.run_dir.logs(self.node).mkdir(parents=True, exist_ok=True)
         self.slots.open()
+        self.step_times.open()
+        self.state.times = self.times
         self.tiers = NodeTiers(self.run_dir, self.config, self.node, self.ram_dir, self.state)
         self.state.on_order = self.tiers.obey
         self.tiers.open()
@@ -53,6 +61,7 @@ class Node:
         """Give everything back."""
         self.tiers.close()
         self.slots.close()
+        self.step_times.close()
         shutil.rmtree(self.ram_dir, ignore_errors=True)
         # The last node of this machine takes the run's folder along; the others find it not empty.
         if self.ram_dir.parent.exists() and not any(self.ram_dir.parent.iterdir()):
@@ -67,8 +76,11 @@ class Node:
     def worker_argument(self, plan: Plan) -> str:
         """What a worker of this plan gets to know, as JSON; first, what its rank lacks is brought into memory."""
         self.plan = plan
+        self.oom.begin()
         for local_rank in self.local_ranks:
             error_path(self.ram_dir, local_rank).unlink(missing_ok=True)
+            # Logs go on over restarts, but a worker's end is judged by its own words.
+            self.log_starts[local_rank] = _size(self._log(local_rank))
         order = self.state.order()
         self.tiers.begin(plan, order)
         start = WorkerStart(
@@ -91,10 +103,18 @@ class Node:
     def beats(self, pids: dict[int, int]) -> Sequence[RankBeat]:
         """Newest heartbeat and process state of every local rank."""
         first = self.first_rank()
+        self.oom.follow(pids.values())
         return [
             RankBeat(first + local_rank, pid, _process_state(pid), self.slots.read(local_rank))
             for local_rank, pid in pids.items()
         ]
+
+    def times(self) -> Sequence[RankTimes]:
+        """Where the time of every local rank's newest steps went."""
+        if self.plan is None:
+            return ()
+        first, generation = self.first_rank(), self.plan.generation
+        return [RankTimes(first + local, self.new_steps.read(local, generation)) for local in self.local_ranks]
 
     def all_begun(self) -> bool:
         """Whether every worker of the current generation runs its own code by now."""
@@ -123,26 +143,28 @@ class Node:
         """Everything known about how a worker ended."""
         error_file = error_path(self.ram_dir, local_rank)
         error = msgspec.json.decode(error_file.read_bytes(), type=WorkerError) if error_file.exists() else None
-        rank = self.first_rank() + local_rank
-        log = rank_log(self.run_dir.path, self.node, rank)
+        log_tail = _tail(self._log(local_rank), self.log_starts.get(local_rank, 0), _LOG_TAIL_LINES)
+        oom_scope = self.oom.scope() if signal_number == signal.SIGKILL else ""
         return WorkerExit(
-            rank=rank,
+            rank=self.first_rank() + local_rank,
             generation=self.plan.generation if self.plan else 0,
             exit_code=exit_code,
             signal_number=signal_number,
             error=error,
-            log_tail=tuple(_tail(log, _LOG_TAIL_LINES)),
-            oom_kill=signal_number == signal.SIGKILL and _oom_kills() > self.oom_kills_before,
-            t_wall_s=time.time(),
+            log_tail=tuple(log_tail),
+            oom_kill=oom_scope != "",
+            # The file was written when the worker failed; that it has ended was seen only later.
+            t_wall_s=error_file.stat().st_mtime if error else time.time(),
+            oom_scope=oom_scope,
+            ram_free_bytes=_free_bytes(self.ram_dir),
         )
+
+    def _log(self, local_rank: int) -> Path:
+        return rank_log(self.run_dir.path, self.node, self.first_rank() + local_rank)
 
     def told_to_leave(self) -> None:
         """SIGTERM while workers run: the node is about to be taken away. In a thread: a signal handler may not wait."""
         threading.Thread(target=self.state.must_go, args=("this node was told to leave (SIGTERM)",)).start()
-
-    def remember_oom_kills(self) -> None:
-        """Note the cgroup's counter, so that a later rise can be blamed on this generation."""
-        self.oom_kills_before = _oom_kills()
 
 
 def _process_state(pid: int) -> str:
@@ -153,19 +175,19 @@ def _process_state(pid: int) -> str:
     return stat.rpartition(")")[2].split()[0]
 
 
-def _tail(path: Path, lines: int) -> list[str]:
+def _tail(path: Path, start: int, lines: int) -> list[str]:
+    """The last lines of a file, of those that were written behind byte `start`."""
     if not path.exists():
         return []
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 32768))
+        file.seek(max(start, path.stat().st_size - 32768))
         return file.read().decode(errors="replace").splitlines()[-lines:]
 
 
-def _oom_kills() -> int:
-    """The cgroup's count of OOM kills; 0 where there is no such file."""
-    for path in (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control")):
-        if path.exists():
-            for line in path.read_text().splitlines():
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
-    return 0
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _free_bytes(folder: Path) -> int:
+    room = os.statvfs(folder)
+    return room.f_bavail * room.f_frsize

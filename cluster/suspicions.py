@@ -48,6 +48,8 @@ def worker_ended(node: str, death: WorkerExit, newest_step: int) -> Verdict:
         log_tail=death.log_tail,
         oom_kill=death.oom_kill,
         step=death.error.step if death.error else newest_step,
+        oom_scope=death.oom_scope,
+        ram_free_bytes=death.ram_free_bytes,
     )
 
 
