@@ -6,11 +6,21 @@ gives the supervisor's state back after it was killed.
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
 
 from cluster.messages import Gather
 from health.verdict import Verdict
 from trainer.events import Fact
+
+
+class Place(enum.StrEnum):
+    """What a node may be in a run, as far as earlier runs go: hold ranks, stand by as the last spares, or nothing."""
+
+    MEMBER = "member"
+    SPARE = "spare"
+    OUT = "out"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
@@ -50,6 +60,27 @@ class NodeReady(Event, frozen=True, kw_only=True, tag="node_ready"):
     pid: int
 
 
+class NodeRemembered(Event, frozen=True, kw_only=True, tag="node_remembered"):
+    """What earlier runs know of a node that this attempt may use, and the place that it gets for it.
+
+    failures: weighed by how certain each was; failures_per_day: the rate to expect of it.
+    """
+
+    node: str
+    place: Place
+    reason: str
+    failures: float
+    node_days: float
+    failures_per_day: float
+
+
+class NodeReadmitted(Event, frozen=True, kw_only=True, tag="node_readmitted"):
+    """A person gave a node back that this run had evicted."""
+
+    node: str
+    reason: str
+
+
 class GenerationPlanned(Event, frozen=True, kw_only=True, tag="generation_planned"):
     """Ranks were handed out: node i of `nodes` holds ranks i*ranks_per_node .. ; ram_step -1: load from disk.
 
@@ -74,22 +105,27 @@ class WorkersReported(Event, frozen=True, kw_only=True, tag="fact"):
 
 
 class VerdictGiven(Event, frozen=True, kw_only=True, tag="verdict"):
-    """Something failed. t_failed_wall_s: the last sign of life before it, as far as known."""
+    """Something failed. t_failed_wall_s: the last sign of life before it, as far as known.
+
+    verdict: the root; others: what else the policy knew of the same incident.
+    """
 
     generation: int
     verdict: Verdict
     t_failed_wall_s: float
     incident: int
+    others: tuple[Verdict, ...] = ()
 
 
 class ActionTaken(Event, frozen=True, kw_only=True, tag="action"):
-    """What the policy chose for an incident: restart, replace or stop, with its reason in plain words."""
+    """What the policy chose for an incident, its reason in plain words, and the facts that led to it, a line each."""
 
     incident: int
     action: str
     reason: str
     node: str = ""
     spare: str = ""
+    because: tuple[str, ...] = ()
 
 
 class NodeEvicted(Event, frozen=True, kw_only=True, tag="node_evicted"):
@@ -116,6 +152,6 @@ class RunStopped(Event, frozen=True, kw_only=True, tag="run_stopped"):
 
 
 AnyEvent = (
-    RunStarted | SupervisorTookOver | AgentStarted | NodeReady | GenerationPlanned | WorkersReported | VerdictGiven
-    | ActionTaken | NodeEvicted | NodeFinished | RunStopped
+    RunStarted | SupervisorTookOver | AgentStarted | NodeRemembered | NodeReadmitted | NodeReady | GenerationPlanned
+    | WorkersReported | VerdictGiven | ActionTaken | NodeEvicted | NodeFinished | RunStopped
 )  # fmt: skip

@@ -131,9 +131,11 @@ def all_finished(members: Sequence[str], views: Mapping[str, AgentView], generat
     )
 
 
-def first_members(available: Sequence[str], wanted: int) -> tuple[str, ...]:
-    """Who trains first: by natural order of their names, so that spares are the last ones."""
-    return tuple(sorted(available, key=natural_order)[:wanted])
+def first_members(available: Sequence[str], wanted: int, doubtful: Collection[str] = ()) -> tuple[str, ...]:
+    """Who trains first: by natural order of their names, so that spares are the last ones; doubtful nodes only where
+    there are no others."""
+    order = sorted(available, key=lambda name: (name in doubtful, natural_order(name)))
+    return tuple(order[:wanted])
 
 
 def natural_order(name: str) -> tuple[str, int]:

@@ -1,165 +1,235 @@
-"""What to do about a verdict: a pure function of the verdict, the state and the configuration.
+"""What to do about an incident: a pure function of its verdicts, the state, the configuration and the verdict's time.
 
-It takes the cheapest rung of the recovery ladder that the evidence allows, and says why in a sentence for a person.
+It takes the cheapest rung of the recovery ladder that the evidence allows, and says why: in a sentence for a person,
+and in the facts it went by. All that it looks at is in the journal, so that any decision can be made again from there.
 """
 
 from __future__ import annotations
 
-import msgspec
-
-from cluster.events import ActionTaken
+from cluster.actions import Action, Decision, Evict, Nothing, Replace, Restart, Stop
+from cluster.events import VerdictGiven
+from cluster.evidence import GONE, Weight, goes_on, verdicts_of, weigh, worst
+from cluster.policy_pricing import Price, price
+from cluster.policy_words import fact, ordinal, quote, what
 from cluster.state import Failure, JobState, NodeStatus
 from configs.schema import JobConfig
-from health.verdict import Cause, Severity, Verdict
+from health.crash import first_cause
+from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.exits import ExitCode
 
 LOOP_NODES = 2
 LOOP_TIMES = 3
+_HOUR_S = 3600.0
+_TOLD_VERDICTS = 8
 _SOFTWARE = (Cause.USER_ERROR, Cause.OUT_OF_MEMORY, Cause.WORKER_CRASH, Cause.BAD_INPUT, Cause.NONFINITE)
-_STRIKES = (Cause.HANG, Cause.STARTUP_TIMEOUT, Cause.WORKER_KILLED, Cause.WORKER_CRASH)
-_WORDS = {
-    Cause.WORKER_CRASH: "a worker crashed",
-    Cause.WORKER_KILLED: "a worker was killed",
-    Cause.OUT_OF_MEMORY: "a worker ran out of memory",
-    Cause.PEER_LOST: "a worker lost its peers and no rank is known as the cause",
-    Cause.USER_ERROR: "a worker failed with an error",
-    Cause.BAD_INPUT: "the configuration or the input is wrong",
-    Cause.NODE_LOST: "the node stopped answering",
-    Cause.HANG: "training hung",
-    Cause.NONFINITE: "the loss or a gradient was not finite",
-    Cause.STARTUP_TIMEOUT: "the first step was not finished in time",
-    Cause.PREEMPTED: "the node was told to leave",
-    Cause.CUDA_ERROR: "a GPU failed in a worker's hands",
-    Cause.STRAGGLER: "a rank is slow",
-    Cause.SLOW_NETWORK: "the network is slow",
-    Cause.SLOW_DATA: "the data source is slow",
-    Cause.SLOW_JOB: "all ranks became slower",
-    Cause.SILENT_CORRUPTION: "a device computed or kept wrong numbers",
-    Cause.SPIKE: "the loss or the gradient norm leapt",
-    Cause.BAD_LAYER: "a layer is dead or explodes",
-    Cause.EXPERT_COLLAPSE: "the experts' load has collapsed",
-    Cause.GPU_FAULT: "a GPU is faulty",
-    Cause.GPU_DEGRADED: "a GPU is impaired",
-    Cause.NODE_FAULT: "the node is faulty",
-    Cause.NODE_DEGRADED: "the node is impaired",
-    Cause.LINK_FAULT: "a link is faulty",
-    Cause.PREFLIGHT_FAILED: "the node failed its examination",
-}
 
 
-class Restart(msgspec.Struct, frozen=True, tag="restart"):
-    """All workers start again, on the same nodes."""
+def decide(given: VerdictGiven, state: JobState, config: JobConfig) -> Decision:
+    """The action for an incident, and the facts that led to it.
 
-    reason: str
-
-
-class Replace(msgspec.Struct, frozen=True, tag="replace"):
-    """The node is evicted and the spare takes over its ranks; then all workers start again."""
-
-    node: str
-    spare: str
-    reason: str
-
-
-class Stop(msgspec.Struct, frozen=True, tag="stop"):
-    """The run ends with this exit code."""
-
-    exit_code: int
-    reason: str
-
-
-class Nothing(msgspec.Struct, frozen=True, tag="nothing"):
-    """Training goes on."""
-
-    reason: str
-
-
-Action = Restart | Replace | Stop | Nothing
-
-
-def action_event(action: Action, incident: int, t_wall_s: float, t_mono_s: float) -> ActionTaken:
-    """The action as the journal has it."""
-    name = str(type(action).__struct_config__.tag)
-    node, spare = (action.node, action.spare) if isinstance(action, Replace) else ("", "")
-    return ActionTaken(
-        t_wall_s=t_wall_s, t_mono_s=t_mono_s, incident=incident, action=name, reason=action.reason,
-        node=node, spare=spare,
-    )  # fmt: skip
-
-
-def decide(verdict: Verdict, state: JobState, config: JobConfig) -> Action:
-    """The action for a verdict about the current generation.
-
-    It does not matter whether the verdict is in the state already: what failed in the current generation counts once,
-    only failures of earlier generations make it a repeated one.
+    It does not matter whether the incident is in the state already: what failed in it counts once.
     """
-    if verdict.severity is Severity.NOTICE:
-        return Nothing(f"{_what(verdict)}: only noted, training goes on.")
-    if verdict.severity is Severity.JOB or verdict.cause is Cause.BAD_INPUT:
-        return _stop_job(verdict)
-    whole_node = verdict.node != "" and (verdict.severity is Severity.NODE or verdict.cause is Cause.NODE_LOST)
-    if verdict.node and verdict.node not in state.order:
-        return _outside(verdict, state, config)
-    loop = _crash_loop(verdict, state)
-    if loop is not None:
-        return loop
-    if whole_node and not state.spares:
-        return Stop(
-            ExitCode.REQUEUE,
-            f"{_what(verdict)} and no spare is left; run the same command again when the node is back."
-            + _suspicious(verdict, state),
+    return _Case(given, state, config).decide()
+
+
+def leftover(given: VerdictGiven, action: Action) -> tuple[Verdict, ...]:
+    """Verdicts about whole nodes that the action does not settle: they deserve an incident of their own.
+
+    Hints do not: they are remembered, and weighed when there is more.
+    """
+    if not isinstance(action, Replace | Evict):
+        return ()
+    return tuple(
+        each
+        for each in verdicts_of(given)
+        if each.node != action.node and each.severity is Severity.NODE and each.certainty is not Certainty.HINT
+    )
+
+
+class _Case:
+    """One decision in the making: what is asked for, and the facts used so far."""
+
+    def __init__(self, given: VerdictGiven, state: JobState, config: JobConfig) -> None:
+        self.given = given
+        self.state = state
+        self.config = config
+        self.window_s = config.health.evidence_window_hours * _HOUR_S
+        self.because: list[str] = []
+
+    def decide(self) -> Decision:
+        verdicts = verdicts_of(self.given)
+        if not verdicts:
+            return Decision(Nothing(f"{what(self.given.verdict)}: only noted, training goes on."))
+        self.because += [f"verdict: {fact(each)}" for each in verdicts[:_TOLD_VERDICTS]]
+        if len(verdicts) > _TOLD_VERDICTS:
+            self.because.append(f"and {len(verdicts) - _TOLD_VERDICTS} verdicts more of the same incident")
+        inside = [each for each in verdicts if not each.node or each.node in self.state.order]
+        lead = _lead(inside or verdicts)
+        if lead.severity is Severity.JOB or lead.cause is Cause.BAD_INPUT:
+            return self._decision(_stop_job(lead))
+        return self._decision(self._inside(lead, inside) if inside else self._outside(lead))
+
+    def _decision(self, action: Action) -> Decision:
+        return Decision(action, tuple(self.because))
+
+    # A node that holds ranks, or none in particular ---------------------------------------------------------------
+
+    def _inside(self, lead: Verdict, verdicts: list[Verdict]) -> Action:
+        running = all(goes_on(each) for each in verdicts)
+        if not running and (loop := _crash_loop(lead, self.given, self.state)) is not None:
+            return loop
+        weight = worst(self.given, self.state, self.window_s)
+        if weight is None:
+            self.because.append("against a node: nothing")
+            return self._keep(lead, running, "")
+        self.because.append(f"against {weight.node}: {_words(weight)}")
+        lead = lead if lead.node == weight.node else _of_node(weight.node, verdicts, lead)
+        if weight.gone:
+            return self._replace_gone(lead, weight)
+        if weight.certainty is Certainty.HINT:
+            return self._keep(lead, running, "one piece of evidence evicts nobody")
+        return self._judge(lead, weight, running)
+
+    def _replace_gone(self, lead: Verdict, weight: Weight) -> Action:
+        """No judgement that could be wrong, so no price and no limit an hour: spares and restarts are the bounds."""
+        self._tell_spares()
+        if not self.state.spares:
+            return Stop(
+                ExitCode.REQUEUE,
+                f"{what(lead)} and no spare is left; run the same command again when the node is back."
+                + _suspicious(lead, self.state),
+            )
+        return self._within_budget(lead, self._replacement(lead, weight))
+
+    def _judge(self, lead: Verdict, weight: Weight, running: bool) -> Action:
+        """A node that is likely or surely bad: evict it if there is a spare, the price is right and the hour's limit
+        allows it."""
+        self._tell_spares()
+        proven = weight.certainty is Certainty.PROOF and not weight.slow
+        if not self.state.spares:
+            if proven and not running:
+                return Stop(
+                    ExitCode.REQUEUE,
+                    f"{what(lead)} and no spare is left; run the same command again when there is another node.",
+                )
+            again = f" for the {ordinal(weight.strikes + 1)} time on this node, but" if weight.strikes else ""
+            return self._keep(lead, running, f"{again.strip()} no spare is left".strip())
+        cost = price(weight, running, lead.step, self.state, self.config)
+        self.because.append(f"price: {cost.words}")
+        if not proven and not cost.evict:
+            return self._keep(lead, running, f"evicting the node would cost more than keeping it ({_both(cost)})")
+        if self._evictions_left() < 1:
+            return self._over_the_limit(lead, proven, running)
+        return self._within_budget(lead, self._replacement(lead, weight))
+
+    def _keep(self, lead: Verdict, running: bool, why: str) -> Action:
+        """All nodes stay: the workers start again, if they do not run as they should."""
+        why = f", {why}" if why else ""
+        if running:
+            return Nothing(f"{what(lead)}{why}; training goes on.")
+        return self._within_budget(
+            lead, Restart(f"{what(lead)}{why}; all workers start again from the newest snapshot.")
         )
-    if state.restarts_used >= config.health.max_restarts:
+
+    def _replacement(self, lead: Verdict, weight: Weight) -> Replace:
+        spare = self.state.spares[0]
+        times = ""
+        if weight.strikes and lead.severity is not Severity.NODE:
+            times = f", for the {ordinal(weight.strikes + 1)} time on this node"
+        return Replace(weight.node, spare, f"{what(lead)}{times}; {spare} takes over its ranks.")
+
+    def _within_budget(self, lead: Verdict, action: Action) -> Action:
+        used, budget = self.state.restarts_used, self.config.health.max_restarts
+        self.because.append(f"restarts used: {used} of {budget}")
+        if used < budget:
+            return action
         return Stop(
             ExitCode.FAILED,
-            f"{_what(verdict)}, and the {config.health.max_restarts} automatic restarts of this run are used up; "
+            f"{what(lead)}, and the {budget} automatic restarts of this run are used up; "
             "look at the incidents, then raise health.max_restarts and run the same command again.",
         )
-    strikes = len(_strikes(verdict, state))
-    if whole_node:
-        return Replace(verdict.node, state.spares[0], f"{_what(verdict)}; {state.spares[0]} takes over its ranks.")
-    if strikes and state.spares:
-        return Replace(
-            verdict.node,
-            state.spares[0],
-            f"{_what(verdict)}, for the {_ordinal(strikes + 1)} time on this node; "
-            f"{state.spares[0]} takes over its ranks.",
+
+    def _over_the_limit(self, lead: Verdict, proven: bool, running: bool) -> Action:
+        """So many bad nodes in an hour are rather a bad judge: proofs ask for a person, the rest is not acted on."""
+        limit = self.config.health.max_evictions_per_hour
+        many = f"{limit} nodes have been evicted on evidence within an hour (health.max_evictions_per_hour)"
+        if not proven:
+            return self._keep(lead, running, many)
+        return Stop(
+            ExitCode.DO_NOT_RESTART,
+            f"{what(lead)}, but {many}. Look whether the nodes are bad or what judges them; the same command goes on.",
         )
-    again = f", for the {_ordinal(strikes + 1)} time on this node, but no spare is left" if strikes else ""
-    return Restart(f"{_what(verdict)}{again}; all workers start again from the newest snapshot.")
+
+    def _evictions_left(self) -> int:
+        limit, now = self.config.health.max_evictions_per_hour, self.given.t_wall_s
+        recent = [
+            each
+            for each in self.state.evictions
+            if each.judged and each.incident != self.given.incident and now - each.t_wall_s < _HOUR_S
+        ]
+        self.because.append(f"evictions on evidence in the last hour: {len(recent)} of {limit}")
+        return limit - len(recent)
+
+    def _tell_spares(self) -> None:
+        self.because.append(f"spares: {', '.join(self.state.spares) or 'none'}")
+
+    # A node that holds no ranks -----------------------------------------------------------------------------------
+
+    def _outside(self, verdict: Verdict) -> Action:
+        """Training is not touched; the node goes if it is gone, or if more than one hint speaks against it."""
+        state, wanted = self.state, self.config.cluster.nodes
+        hopeful = state.with_status(NodeStatus.STARTING, NodeStatus.READY, NodeStatus.ACTIVE)
+        left = [node for node in hopeful if node != verdict.node]
+        weight = weigh(verdict.node, self.given, state, self.window_s)
+        here = state.status(verdict.node) not in (None, NodeStatus.EVICTED)
+        if weight is None or not here:
+            return Nothing(f"{what(verdict)}, but the node holds no ranks; training is not touched.")
+        self.because.append(f"against {weight.node}: {_words(weight)}")
+        if not weight.gone and weight.certainty is Certainty.HINT:
+            return Nothing(f"{what(verdict)}, one piece of evidence evicts nobody; training is not touched.")
+        if not state.order and len(left) < wanted:
+            return Stop(
+                ExitCode.REQUEUE,
+                f"{what(verdict)} before training began; {len(left)} of {wanted} nodes are left and no spare. "
+                "Run the same command again when the node is back.",
+            )
+        if state.order and not weight.gone and self._evictions_left() < 1:
+            return Nothing(f"{what(verdict)}, but health.max_evictions_per_hour is reached; training is not touched.")
+        return Evict(verdict.node, f"{what(verdict)}, and the node holds no ranks; training is not touched.")
+
+
+def _lead(verdicts: list[Verdict]) -> Verdict:
+    """The root of what must be acted on: a hint beside which training goes on leads only if there is nothing else."""
+    grave = [each for each in verdicts if not goes_on(each)]
+    return first_cause(grave or verdicts)
+
+
+def _of_node(node: str, verdicts: list[Verdict], lead: Verdict) -> Verdict:
+    about = [each for each in verdicts if each.node == node]
+    return first_cause(about) if about else lead
 
 
 def _stop_job(verdict: Verdict) -> Stop:
     if verdict.cause is Cause.BAD_INPUT:
-        return Stop(
-            ExitCode.BAD_INPUT, f"{_what(verdict)}: {_quote(verdict)}. A restart cannot help; correct it first."
-        )
-    return Stop(ExitCode.DO_NOT_RESTART, f"{_what(verdict)} and asked not to be restarted: {_quote(verdict)}.")
+        return Stop(ExitCode.BAD_INPUT, f"{what(verdict)}: {quote(verdict)}. A restart cannot help; correct it first.")
+    return Stop(ExitCode.DO_NOT_RESTART, f"{what(verdict)} and asked not to be restarted: {quote(verdict)}.")
 
 
-def _outside(verdict: Verdict, state: JobState, config: JobConfig) -> Action:
-    """A verdict about a node that holds no ranks."""
-    hopeful = state.with_status(NodeStatus.STARTING, NodeStatus.READY, NodeStatus.ACTIVE)
-    left = [node for node in hopeful if node != verdict.node]
-    if state.order or len(left) >= config.cluster.nodes:
-        return Nothing(f"{_what(verdict)}, but the node holds no ranks; training is not touched.")
-    return Stop(
-        ExitCode.REQUEUE,
-        f"{_what(verdict)} before training began; {len(left)} of {config.cluster.nodes} nodes are left and no spare. "
-        "Run the same command again when the node is back.",
-    )
-
-
-def _crash_loop(verdict: Verdict, state: JobState) -> Stop | None:
+def _crash_loop(verdict: Verdict, given: VerdictGiven, state: JobState) -> Stop | None:
     """The same failure at the same step in another generation: on two nodes if it is software's, else the third time.
 
     What comes from outside (a kill, a hang) may well strike two nodes at the same step by chance, so only the third
     time counts there. Nodes that are lost or taken away never count: a whole rack may go at one step, each node of it
-    seen as an incident of its own, and every one costs a spare, of which there are only so many.
+    seen as an incident of its own, and every one costs a spare, of which there are only so many. What no step is known
+    of cannot be told from another time.
     """
-    if verdict.cause in (Cause.NODE_LOST, Cause.PREEMPTED):
+    if verdict.cause in GONE or verdict.step < 0:
         return None
-    same = [each for each in _earlier(state) if (each.fingerprint, each.step) == (verdict.fingerprint, verdict.step)]
+    same = [
+        each
+        for each in _earlier(state, given)
+        if each.root and (each.fingerprint, each.step) == (verdict.fingerprint, verdict.step)
+    ]
     times = len({each.generation for each in same}) + 1
     nodes = {each.node for each in same if each.node} | ({verdict.node} if verdict.node else set())
     on_nodes = len(nodes) >= LOOP_NODES and verdict.cause in _SOFTWARE
@@ -168,10 +238,16 @@ def _crash_loop(verdict: Verdict, state: JobState) -> Stop | None:
     where = f"on {len(nodes)} different nodes ({', '.join(sorted(nodes))})" if len(nodes) > 1 else "on the same node"
     return Stop(
         ExitCode.DO_NOT_RESTART,
-        f"The same failure happened {times} times at step {verdict.step}, {where}: {_quote(verdict)}. "
+        f"The same failure happened {times} times at step {verdict.step}, {where}: {quote(verdict)}. "
         "That is a bug or bad data rather than bad hardware, and another restart would end the same way. "
         "Read the incident's evidence, correct the code, the data or the configuration, then run the same command.",
     )
+
+
+def _earlier(state: JobState, given: VerdictGiven) -> list[Failure]:
+    # A failure while a generation is still being gathered is about one that the state has no plan of yet.
+    current = max([state.generation, given.generation, *(each.generation for each in state.failures)])
+    return [each for each in state.failures if each.generation < current]
 
 
 def _suspicious(verdict: Verdict, state: JobState) -> str:
@@ -183,34 +259,10 @@ def _suspicious(verdict: Verdict, state: JobState) -> str:
     return f" {count} nodes were lost in this step: if they do not share a cause, see whether the job itself ends them."
 
 
-def _strikes(verdict: Verdict, state: JobState) -> set[int]:
-    """Earlier generations that ended because of this node, in a way that may be the node's fault."""
-    if not verdict.node or verdict.cause not in _STRIKES:
-        return set()
-    return {each.generation for each in _earlier(state) if each.node == verdict.node and each.cause in _STRIKES}
+def _words(weight: Weight) -> str:
+    sure = "gone" if weight.gone else weight.certainty.value
+    return f"{sure}, from {'; '.join(weight.pieces)}"
 
 
-def _earlier(state: JobState) -> list[Failure]:
-    # A failure while a generation is still being gathered is about one that the state has no plan of yet.
-    current = max([state.generation, *(each.generation for each in state.failures)])
-    return [each for each in state.failures if each.generation < current]
-
-
-def _what(verdict: Verdict) -> str:
-    where = f" (rank {verdict.rank} on {verdict.node})" if verdict.rank >= 0 and verdict.node else ""
-    if not where and verdict.node:
-        where = f" ({verdict.node})"
-    step = f" in step {verdict.step}" if verdict.step >= 0 else ""
-    words = _WORDS[verdict.cause]
-    return f"{words[0].upper()}{words[1:]}{where}{step}"
-
-
-def _quote(verdict: Verdict) -> str:
-    """The error in its own words: the evidence's second line is the message where a worker left one."""
-    lines = verdict.evidence
-    line = lines[1] if len(lines) > 1 and verdict.cause in _SOFTWARE else (lines[0] if lines else verdict.fingerprint)
-    return line.removeprefix("log: ").rstrip(". ")
-
-
-def _ordinal(number: int) -> str:
-    return {2: "second", 3: "third"}.get(number, f"{number}th")
+def _both(cost: Price) -> str:
+    return f"{cost.evict_s:.1f} against {cost.keep_s:.1f} s of the job"

@@ -11,7 +11,7 @@ import msgspec
 from cluster.events import AnyEvent
 from cluster.incidents import write_whole
 from cluster.ledger import Goodput, IncidentCost, account
-from cluster.state import Incident, JobState, replay
+from cluster.state import HARMLESS_ACTIONS, Incident, JobState, replay
 from cluster.stepline import UNKNOWN, format_duration
 from cluster.timeline import TimeCause
 from configs.schema import JobConfig
@@ -166,7 +166,7 @@ def incident_lines(incident: IncidentSummary) -> list[str]:
     lines = [incident.evidence] if incident.evidence else []
     if incident.action:
         lines.append(f"{incident.action}: {incident.reason}")
-    if incident.action == "nothing":
+    if incident.action in HARMLESS_ACTIONS:
         return lines
     lines.append(
         f"noticed after {format_duration(cost.noticing_s)}, {recovery}; {_again(cost.lost_steps)}"

@@ -14,19 +14,24 @@ from cluster.events import (
     GenerationPlanned,
     NodeEvicted,
     NodeFinished,
+    NodeReadmitted,
     NodeReady,
+    NodeRemembered,
+    Place,
     RunStarted,
     RunStopped,
     SupervisorTookOver,
     VerdictGiven,
     WorkersReported,
 )
-from health.verdict import Cause, Severity, Verdict
+from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import Fact, FactKind
 from trainer.exits import ExitCode
 
 KEPT_SNAPSHOTS = 16
+KEPT_RECOVERIES = 16
 RESTARTING_ACTIONS = ("restart", "replace")
+HARMLESS_ACTIONS = ("nothing", "evict")
 _PERSONS_TURN = (ExitCode.FAILED, ExitCode.BAD_INPUT, ExitCode.DO_NOT_RESTART)
 
 
@@ -50,7 +55,7 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """One past verdict, as the policy remembers it."""
+    """One past verdict, as the policy remembers it. root: it was its incident's root cause."""
 
     generation: int
     incident: int
@@ -59,6 +64,27 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     cause: Cause
     step: int
     fingerprint: str
+    severity: Severity = Severity.WORKERS
+    certainty: Certainty = Certainty.LIKELY
+    t_wall_s: float = 0.0
+    root: bool = True
+
+
+class Eviction(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that was evicted. judged: on evidence, rather than because it was gone anyway."""
+
+    node: str
+    incident: int
+    t_wall_s: float
+    judged: bool
+
+
+class Remembered(msgspec.Struct, frozen=True, kw_only=True):
+    """What earlier runs know of a node, as this attempt was told when it began."""
+
+    place: Place
+    reason: str
+    failures_per_day: float
 
 
 class Incident(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +106,9 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     order: the nodes by rank, node i holding ranks i*ranks_per_node and up; a chosen spare is in it as soon as the
     policy replaced a node. newest_step and snapshots (ascending): as far as the journal knows; metrics.jsonl may know
     more steps. rejected: snapshots (generation, step) that a loss has shown to be wrong. exit_code is None while the
-    run goes on. failures: kept since a person last had a turn.
+    run goes on. failures, evictions: kept since a person last had a turn. recoveries_s: from a verdict to the next
+    generation's first step, the newest. step_s: the length of a step by the journal, None if not known yet; it is
+    counted from pace_from (step, time) of the generation.
     """
 
     run: str = ""
@@ -96,6 +124,11 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     restarts_used: int = 0
     incidents: tuple[Incident, ...] = ()
     failures: tuple[Failure, ...] = ()
+    evictions: tuple[Eviction, ...] = ()
+    remembered: Mapping[str, Remembered] = {}
+    recoveries_s: tuple[float, ...] = ()
+    step_s: float | None = None
+    pace_from: tuple[int, float] | None = None
     finished: frozenset[str] = frozenset()
     snapshots: tuple[int, ...] = ()
     newest_step: int = 0
@@ -119,9 +152,16 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def spares(self) -> tuple[str, ...]:
-        """Nodes that could take over ranks, by name: those that are ready, then those still starting."""
-        candidates = (*self.with_status(NodeStatus.READY), *self.with_status(NodeStatus.STARTING))
+        """Nodes that could take over ranks, by name: those that are ready, then those still starting; in each, those
+        last that earlier runs speak against."""
+        ready, starting = self.with_status(NodeStatus.READY), self.with_status(NodeStatus.STARTING)
+        candidates = [*sorted(ready, key=self.doubtful.__contains__), *sorted(starting, key=self.doubtful.__contains__)]
         return tuple(name for name in candidates if name not in self.order)
+
+    @property
+    def doubtful(self) -> frozenset[str]:
+        """Nodes that should hold no ranks as long as others can."""
+        return frozenset(name for name, what in self.remembered.items() if what.place is not Place.MEMBER)
 
     @property
     def evicted(self) -> tuple[str, ...]:
@@ -155,6 +195,11 @@ def apply(state: JobState, event: AnyEvent) -> JobState:
             return _replace(state, supervisor_pid=event.supervisor_pid)
         case AgentStarted():
             return _agent_started(state, event)
+        case NodeRemembered():
+            known = Remembered(place=event.place, reason=event.reason, failures_per_day=event.failures_per_day)
+            return _replace(state, remembered={**state.remembered, event.node: known})
+        case NodeReadmitted():
+            return _replace(state, nodes={name: node for name, node in state.nodes.items() if name != event.node})
         case NodeReady():
             return _ready(state, event)
         case GenerationPlanned():
@@ -194,6 +239,8 @@ def _started(state: JobState, event: RunStarted) -> JobState:
         order=(),
         finished=frozenset(),
         failures=() if state.exit_code in _PERSONS_TURN else state.failures,
+        evictions=() if state.exit_code in _PERSONS_TURN else state.evictions,
+        remembered={},
         incidents=tuple(msgspec.structs.replace(incident, open=False) for incident in state.incidents),
         exit_code=None,
         stop_reason="",
@@ -228,18 +275,16 @@ def _planned(state: JobState, event: GenerationPlanned) -> JobState:
         ram_step=event.ram_step,
         nodes=nodes,
         finished=frozenset(),
+        pace_from=None,
     )
 
 
 def _fact(state: JobState, fact: Fact) -> JobState:
     match fact.kind:
         case FactKind.FIRST_STEP:
-            incidents = tuple(
-                msgspec.structs.replace(each, open=False) if each.generation < fact.generation else each
-                for each in state.incidents
-            )
-            return _replace(state, incidents=incidents, newest_step=max(state.newest_step, fact.step))
+            return _first_step(state, fact)
         case FactKind.SNAPSHOT_COMMITTED:
+            state = _replace(state, step_s=_step_s(state, fact))
             snapshots = tuple(sorted({*state.snapshots, fact.step}))[-KEPT_SNAPSHOTS:]
             return _replace(state, snapshots=snapshots, newest_step=max(state.newest_step, fact.step))
         case FactKind.LOADED:
@@ -255,20 +300,51 @@ def _fact(state: JobState, fact: Fact) -> JobState:
     return state
 
 
+def _first_step(state: JobState, fact: Fact) -> JobState:
+    """The incidents of earlier generations are over; the last of them tells what a restart costs."""
+    over = [each for each in state.incidents if each.open and each.generation < fact.generation]
+    recoveries = [fact.t_wall_s - each.t_verdict_wall_s for each in over if each.action in RESTARTING_ACTIONS]
+    measured = tuple(max(0.0, recovery_s) for recovery_s in recoveries[-1:])
+    return _replace(
+        state,
+        incidents=tuple(
+            msgspec.structs.replace(each, open=False) if each in over else each for each in state.incidents
+        ),
+        recoveries_s=(*state.recoveries_s, *measured)[-KEPT_RECOVERIES:],
+        newest_step=max(state.newest_step, fact.step),
+        pace_from=(fact.step, fact.t_wall_s) if fact.generation == state.generation else state.pace_from,
+    )
+
+
+def _step_s(state: JobState, fact: Fact) -> float | None:
+    if state.pace_from is None or fact.generation != state.generation:
+        return state.step_s
+    steps, elapsed_s = fact.step - state.pace_from[0], fact.t_wall_s - state.pace_from[1]
+    return elapsed_s / steps if steps > 0 and elapsed_s > 0 else state.step_s
+
+
 def _verdict(state: JobState, event: VerdictGiven) -> JobState:
     verdict = event.verdict
-    if verdict.severity is Severity.NOTICE:
-        return state
-    failure = Failure(
-        generation=event.generation,
-        incident=event.incident,
-        node=verdict.node,
-        rank=verdict.rank,
-        cause=verdict.cause,
-        step=verdict.step,
-        fingerprint=verdict.fingerprint,
+    failures = tuple(
+        Failure(
+            generation=event.generation,
+            incident=event.incident,
+            node=each.node,
+            rank=each.rank,
+            cause=each.cause,
+            step=each.step,
+            fingerprint=each.fingerprint,
+            severity=each.severity,
+            certainty=each.certainty,
+            t_wall_s=event.t_wall_s,
+            root=each is verdict,
+        )
+        for each in (verdict, *event.others)
+        if each.severity is not Severity.NOTICE
     )
-    state = _replace(state, failures=(*state.failures, failure))
+    if not failures:
+        return state
+    state = _replace(state, failures=(*state.failures, *failures))
     if all(each.number != event.incident for each in state.incidents):
         incident = Incident(
             number=event.incident,
@@ -286,7 +362,7 @@ def _verdict(state: JobState, event: VerdictGiven) -> JobState:
 def _action(state: JobState, event: ActionTaken) -> JobState:
     incidents = tuple(
         msgspec.structs.replace(
-            each, action=event.action, reason=event.reason, open=each.open and event.action != "nothing"
+            each, action=event.action, reason=event.reason, open=each.open and event.action not in HARMLESS_ACTIONS
         )
         if each.number == event.incident
         else each
@@ -294,13 +370,22 @@ def _action(state: JobState, event: ActionTaken) -> JobState:
     )
     restarts_used = state.restarts_used + (event.action in RESTARTING_ACTIONS)
     state = _replace(state, incidents=incidents, restarts_used=restarts_used)
-    if event.action != "replace":
+    if event.action not in ("replace", "evict"):
         return state
+    state = _replace(state, evictions=(*state.evictions, _eviction(state, event)))
+    if event.action == "evict":
+        return _with_node(state, event.node, status=NodeStatus.EVICTED) if event.node else state
     # The spare is taken at once, so that a second loss before the next plan is given another one.
     state = _replace(state, order=tuple(event.spare if name == event.node else name for name in state.order))
     if event.spare:
         state = _with_node(state, event.spare, status=NodeStatus.ACTIVE)
     return _with_node(state, event.node, status=NodeStatus.EVICTED) if event.node else state
+
+
+def _eviction(state: JobState, event: ActionTaken) -> Eviction:
+    about = [each for each in state.failures if (each.incident, each.node) == (event.incident, event.node)]
+    gone = any(each.cause in (Cause.NODE_LOST, Cause.PREEMPTED) for each in about)
+    return Eviction(node=event.node, incident=event.incident, t_wall_s=event.t_wall_s, judged=not gone)
 
 
 def _with_node(

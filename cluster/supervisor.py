@@ -11,10 +11,12 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from cluster import events, suspicions
+from cluster.actions import Decision, Evict, Nothing, Replace, Restart, Stop, action_event
 from cluster.ending import End, ended_after, too_few
+from cluster.evidence import worth_telling
 from cluster.fleet import AgentView, all_finished, first_members, ready_members
 from cluster.incidents import write_incident
 from cluster.journal import Journal
@@ -22,7 +24,7 @@ from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
 from cluster.noticing import Noticing, OpenIncident, Suspicion
 from cluster.placement import Placement
 from cluster.planning import make_plan, ranks_of
-from cluster.policy import Nothing, Replace, Restart, Stop, decide
+from cluster.policy import decide, leftover
 from cluster.rundir import RunDir
 from cluster.scheduler import Scheduler
 from cluster.state import JobState, apply
@@ -34,6 +36,7 @@ from trainer.events import Fact, FactKind
 from trainer.exits import ExitCode
 
 _TICK_S = 0.05
+_Event = TypeVar("_Event", bound=events.AnyEvent)
 
 logger = logging.getLogger("everstep.supervisor")
 
@@ -237,18 +240,15 @@ class Supervisor:
         verdict = suspicion.verdict
         if verdict.severity is Severity.NOTICE:
             self._only_note(verdict, suspicion.failed_wall_s, self.target_generation)
-        elif verdict.node and verdict.node not in self.members and self.members:
-            self._evict(verdict.node, f"spare: {verdict.evidence[0] if verdict.evidence else verdict.cause.value}")
         elif self.wish is Wish.RUN:
             self.suspect(suspicion)
 
     def _only_note(self, verdict: Verdict, failed_wall_s: float, generation: int) -> None:
         """A verdict, but no incident (number 0)."""
-        self.emit(
+        given = self.emit(
             events.VerdictGiven, generation=generation, verdict=verdict, t_failed_wall_s=failed_wall_s, incident=0
         )
-        action = decide(verdict, self.state, self.config)
-        self.emit(events.ActionTaken, incident=0, action="nothing", reason=action.reason, node=verdict.node)
+        self.emit(action_event, decision=decide(given, self.state, self.config), incident=0, blamed=verdict.node)
 
     def send_order(self, node: str) -> None:
         """Tell a node the whole of what is wanted of it."""
@@ -323,42 +323,44 @@ class Supervisor:
             return
         incident, self.incident = self.incident, None
         number = self.state.next_incident
-        self.emit(
+        given = self.emit(
             events.VerdictGiven,
             generation=self.target_generation,
             verdict=root,
             t_failed_wall_s=incident.failed_wall_s,
             incident=number,
+            others=worth_telling(root, incident.verdicts),
         )
-        action = decide(root, self.state, self.config)
+        decision = decide(given, self.state, self.config)
         try:
             write_incident(self.run_dir.path, number, root, incident.verdicts, incident.files)
         except OSError as error:
             logger.warning("the evidence of incident %d could not be kept: %s", number, error)
-        self._do(action, root, number)
+        self._do(decision, root, number)
+        for verdict in leftover(given, decision.action):
+            self.suspect(Suspicion(verdict, incident.failed_wall_s))
 
     def _settle_s(self) -> float:
         """A lost peer names no culprit: wait as long as it can take until a silent node is noticed."""
         return self.config.health.heartbeat_timeout_s + 2 * self.config.health.heartbeat_interval_s
 
-    def _do(self, action: Restart | Replace | Stop | Nothing, root: Verdict, number: int) -> None:
-        match action:
+    def _do(self, decision: Decision, root: Verdict, number: int) -> None:
+        self.emit(action_event, decision=decision, incident=number, blamed=root.node)
+        match decision.action:
             case Restart(reason=reason):
-                self.emit(events.ActionTaken, incident=number, action="restart", reason=reason, node=root.node)
                 self.next_generation(self.members, reason)
             case Replace(node=node, spare=spare, reason=reason):
-                self.emit(events.ActionTaken, incident=number, action="replace", reason=reason, node=node, spare=spare)
                 self._evict(node, reason)
                 self.next_generation(tuple(spare if m == node else m for m in self.members), reason)
-            case Stop(exit_code=code, reason=reason):
-                self.emit(events.ActionTaken, incident=number, action="stop", reason=reason, node=root.node)
-                self.exit_code, self.stop_reason = ExitCode(code), reason
-            case Nothing(reason=reason):
-                self.emit(events.ActionTaken, incident=number, action="nothing", reason=reason, node=root.node)
-                if root.severity is Severity.NODE and root.node in self.members:
+            case Evict(node=node, reason=reason):
+                self._evict(node, reason)
+                if node in self.members:
                     # Lost before it was given ranks: whoever else came up takes its place.
-                    self._evict(root.node, reason)
                     self._choose_first_members()
+            case Stop(exit_code=code, reason=reason):
+                self.exit_code, self.stop_reason = ExitCode(code), reason
+            case Nothing():
+                pass
 
     def _evict(self, node: str, reason: str) -> None:
         self.emit(events.NodeEvicted, node=node, reason=reason)
@@ -427,7 +429,7 @@ class Supervisor:
         if len(usable) < self.config.cluster.nodes:
             self._end(too_few(len(usable), self.config.cluster.nodes))
             return
-        wanted = first_members(usable, self.config.cluster.nodes)
+        wanted = first_members(usable, self.config.cluster.nodes, self.state.doubtful)
         self.next_generation(wanted, self.reason)
 
     # The end ------------------------------------------------------------------------------------------------------
@@ -485,7 +487,7 @@ class Supervisor:
             last_step=self.state.newest_step,
         )
 
-    def emit(self, kind: Callable[..., events.AnyEvent], **fields: object) -> None:
+    def emit(self, kind: Callable[..., _Event], **fields: object) -> _Event:
         """Write an event to the journal, and only then believe it."""
         event = kind(t_wall_s=time.time(), t_mono_s=time.monotonic(), **fields)
         problem = self.journal.append(event)
@@ -494,3 +496,4 @@ class Supervisor:
         self.journal_waits = problem is not None
         self.state = apply(self.state, event)
         self.watcher.on_event(event)
+        return event

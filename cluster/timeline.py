@@ -23,6 +23,7 @@ from cluster.events import (
     VerdictGiven,
     WorkersReported,
 )
+from cluster.state import HARMLESS_ACTIONS
 from health.verdict import Severity
 from trainer.events import Fact, FactKind, StepRecord
 
@@ -157,7 +158,7 @@ def _harmless(events: Iterable[AnyEvent]) -> set[int]:
                 acted.setdefault(event.incident, set()).add(event.action)
             case VerdictGiven() if event.verdict.severity is Severity.NOTICE:
                 noted.add(event.incident)
-    nothing = {incident for incident, actions in acted.items() if actions == {"nothing"}}
+    nothing = {incident for incident, actions in acted.items() if actions <= set(HARMLESS_ACTIONS)}
     return nothing | (noted - acted.keys())
 
 

@@ -193,10 +193,18 @@ class HealthConfig(Section, frozen=True, kw_only=True):
     hang_factor times the slowest recent step, never less than hang_floor_s; startup_timeout_s bounds the time to
     the first step. max_restarts is the budget of automatic restarts for the run.
 
+    probe_steps: each rank times the parts of its steps and its waiting for others. A rank is slow when that is
+    straggler_pct more than its peers take and than it took itself, in straggler_steps steps at least; after
+    straggler_persist_steps steps of it the node may be replaced.
+
     preflight: each node examines itself before it joins, and one that fails does not join. A device that is slower
     than its peers' median by preflight_slow_pct fails too (0: never). Nodes without ranks repeat the known-answer
     tests every selftest_interval_minutes (0: never). Every node_probe_interval_s (0: never) a node looks at its disks,
     memory and ports; others' processes are reported when they take foreign_load_pct of the processors (0: never).
+
+    GPUs are read every gpu_interval_s (0: never), by a process that is killed when a call to the driver takes
+    gpu_timeout_s. One that is hot or short of power in gpu_throttle_samples readings in a row is impaired. DCGM, where
+    it is installed, is asked every dcgm_interval_s (0: never).
     """
 
     heartbeat_interval_s: PositiveFloat = 1.0
@@ -205,11 +213,22 @@ class HealthConfig(Section, frozen=True, kw_only=True):
     hang_floor_s: PositiveFloat = 10.0
     startup_timeout_s: PositiveFloat = 600.0
     max_restarts: NonNegative = 100
+    probe_steps: bool = True
+    straggler_pct: PositiveFloat = 20.0
+    straggler_steps: Positive = 3
+    straggler_persist_steps: Positive = 50
+    max_evictions_per_hour: NonNegative = 8
+    evidence_window_hours: PositiveFloat = 24.0
+    restart_cost_s: PositiveFloat = 60.0
     preflight: bool = True
     preflight_slow_pct: Annotated[float, msgspec.Meta(ge=0, lt=100)] = 20.0
     selftest_interval_minutes: NonNegativeFloat = 10.0
     node_probe_interval_s: NonNegativeFloat = 10.0
     foreign_load_pct: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
+    gpu_interval_s: NonNegativeFloat = 5.0
+    gpu_timeout_s: PositiveFloat = 10.0
+    gpu_throttle_samples: Positive = 12
+    dcgm_interval_s: NonNegativeFloat = 60.0
 
 
 class NumbersConfig(Section, frozen=True, kw_only=True):
@@ -240,6 +259,10 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
 
     supervisor_lost_timeout_s: how long agents with nothing left to do wait for a supervisor to come back.
     leave_timeout_s: how long a job that is asked to leave may take to finish its step and save.
+
+    node_history is the file in which all runs of a site remember nodes ("": `nodes.jsonl` in run.dir). An evicted node
+    is back after repair_hours; a job that lacks one stands still for requeue_s: both price evictions. A node that was
+    repaired is only a spare until it has served burn_in_hours.
     """
 
     backend: Literal["local"] = "local"
@@ -248,6 +271,10 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     spares: NonNegative = 0
     supervisor_lost_timeout_s: PositiveFloat = 600.0
     leave_timeout_s: PositiveFloat = 60.0
+    node_history: str = ""
+    repair_hours: PositiveFloat = 24.0
+    requeue_s: PositiveFloat = 1800.0
+    burn_in_hours: NonNegativeFloat = 24.0
 
 
 class TelemetryConfig(Section, frozen=True, kw_only=True):

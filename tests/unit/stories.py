@@ -27,7 +27,7 @@ from configs.schema import (
     RunConfig,
     TrainingConfig,
 )
-from health.verdict import Cause, Severity, Verdict
+from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import Fact, FactKind, StepRecord
 
 EPOCH_S = 1_700_000_000.0
@@ -51,11 +51,14 @@ def verdict(
     step: int = 7,
     severity: Severity = Severity.WORKERS,
     fingerprint: str = "",
+    certainty: Certainty = Certainty.LIKELY,
+    slowdown: float = 0.0,
 ) -> Verdict:
     mark = fingerprint or cause.value
     return Verdict(
-        node=node, rank=rank, cause=cause, severity=severity, step=step, fingerprint=mark, evidence=("where", mark)
-    )
+        node=node, rank=rank, cause=cause, severity=severity, step=step, fingerprint=mark, evidence=("where", mark),
+        certainty=certainty, slowdown=slowdown,
+    )  # fmt: skip
 
 
 def record(step: int, generation: int, end_s: float, step_s: float, data_s: float, stall_s: float) -> StepRecord:
@@ -73,10 +76,13 @@ def planned(generation: int, at_s: float, nodes: tuple[str, ...] = ("node0", "no
     )  # fmt: skip
 
 
-def given(what: Verdict, generation: int, incident: int, at_s: float, failed_s: float = 0.0) -> VerdictGiven:
+def given(
+    what: Verdict, generation: int, incident: int, at_s: float, failed_s: float = 0.0, others: tuple[Verdict, ...] = ()
+) -> VerdictGiven:
     return VerdictGiven(
-        t_wall_s=at_s, t_mono_s=at_s, generation=generation, verdict=what, t_failed_wall_s=failed_s, incident=incident
-    )
+        t_wall_s=at_s, t_mono_s=at_s, generation=generation, verdict=what, t_failed_wall_s=failed_s, incident=incident,
+        others=others,
+    )  # fmt: skip
 
 
 def action(name: str, incident: int, at_s: float, node: str = "", spare: str = "") -> ActionTaken:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.events import NodeEvicted
-from cluster.policy import Action, Nothing, Replace, Restart, Stop, action_event, decide
+from cluster.actions import Action, Decision, Evict, Nothing, Replace, Restart, Stop, action_event
+from cluster.events import NodeEvicted, VerdictGiven
+from cluster.policy import decide
 from cluster.state import JobState, NodeStatus, apply, replay
 from health.verdict import Cause, Severity, Verdict
 from tests.unit import stories
@@ -22,17 +23,31 @@ def running(spares: int = 1) -> JobState:
     return replay([stories.started(1, 0.0), *(stories.ready(node, 1.0) for node in nodes), stories.planned(1, 2.0)])
 
 
-def suffer(state: JobState, what: Verdict, config: stories.JobConfig) -> tuple[JobState, Action]:
+def said(what: Verdict, state: JobState, at_s: float = 10.0, others: tuple[Verdict, ...] = ()) -> VerdictGiven:
+    return stories.given(what, state.generation, state.next_incident, at_s, others=others)
+
+
+def act(what: Verdict, state: JobState, config: stories.JobConfig) -> Action:
+    """The policy's action for an incident of one verdict."""
+    return decide(said(what, state), state, config).action
+
+
+def live(state: JobState, event: VerdictGiven, config: stories.JobConfig) -> tuple[JobState, Decision]:
     """One incident as the supervisor handles it: verdict, decision, action, next generation."""
-    number = state.next_incident
-    state = apply(state, stories.given(what, state.generation, number, 10.0))
-    action = decide(what, state, config)
-    state = apply(state, action_event(action, number, 11.0, 11.0))
-    if isinstance(action, Replace):
-        state = apply(state, NodeEvicted(t_wall_s=11.0, t_mono_s=11.0, node=action.node, reason=action.reason))
+    state = apply(state, event)
+    decision = decide(event, state, config)
+    at_s, action = event.t_wall_s + 1.0, decision.action
+    state = apply(state, action_event(decision, event.incident, at_s, at_s, event.verdict.node))
+    if isinstance(action, Replace | Evict):
+        state = apply(state, NodeEvicted(t_wall_s=at_s, t_mono_s=at_s, node=action.node, reason=action.reason))
     if isinstance(action, Restart | Replace):
-        state = apply(state, stories.planned(state.generation + 1, 12.0, state.order))
-    return state, action
+        state = apply(state, stories.planned(state.generation + 1, at_s, state.order))
+    return state, decision
+
+
+def suffer(state: JobState, what: Verdict, config: stories.JobConfig, at_s: float = 10.0) -> tuple[JobState, Action]:
+    state, decision = live(state, said(what, state, at_s), config)
+    return state, decision.action
 
 
 def lost(node: str, step: int = 7) -> Verdict:
@@ -44,13 +59,13 @@ def lost(node: str, step: int = 7) -> Verdict:
     [Cause.WORKER_KILLED, Cause.WORKER_CRASH, Cause.OUT_OF_MEMORY, Cause.USER_ERROR, Cause.HANG, Cause.PEER_LOST],
 )
 def test_the_first_failure_of_workers_is_a_restart_in_place(cause: Cause) -> None:
-    assert isinstance(decide(verdict(cause), running(), job()), Restart)
+    assert isinstance(act(verdict(cause), running(), job()), Restart)
 
 
 def test_a_lost_node_is_replaced_by_a_ready_spare_or_the_job_is_requeued() -> None:
-    action = decide(lost("node1"), running(), job())
+    action = act(lost("node1"), running(), job())
     assert action == Replace("node1", "node2", action.reason)
-    action = decide(lost("node1"), running(spares=0), job())
+    action = act(lost("node1"), running(spares=0), job())
     assert isinstance(action, Stop)
     assert action.exit_code == 75
     assert "run the same command again" in action.reason
@@ -63,14 +78,14 @@ def test_a_rack_that_is_taken_away_at_one_step_is_no_crash_loop() -> None:
         for node in ("node0", "node1", "node2"):
             state, action = suffer(state, verdict(cause, node, -1, 7, Severity.NODE), job())
             assert isinstance(action, Replace), action
-    action = decide(verdict(Cause.NODE_LOST, state.order[0], -1, 7, Severity.NODE), state, job())
+    action = act(verdict(Cause.NODE_LOST, state.order[0], -1, 7, Severity.NODE), state, job())
     assert isinstance(action, Stop)
     assert action.exit_code == 75
     assert "4 nodes were lost in this step" in action.reason
 
 
 def test_a_bad_node_by_its_own_word_is_replaced() -> None:
-    action = decide(verdict(Cause.WORKER_CRASH, "node0", severity=Severity.NODE), running(), job())
+    action = act(verdict(Cause.WORKER_CRASH, "node0", severity=Severity.NODE), running(), job())
     assert isinstance(action, Replace)
 
 
@@ -85,7 +100,7 @@ def test_two_nodes_lost_at_once_get_two_different_spares() -> None:
 
 def test_a_lost_spare_does_not_touch_training_and_is_not_used() -> None:
     state, action = suffer(running(), lost("node2"), job())
-    assert isinstance(action, Nothing)
+    assert isinstance(action, Evict)
     assert state.spares == ()
     assert state.restarts_used == 0
 
@@ -93,9 +108,9 @@ def test_a_lost_spare_does_not_touch_training_and_is_not_used() -> None:
 def test_a_node_lost_before_training_began_stops_the_job_only_if_too_few_are_left() -> None:
     config = job()
     waiting = replay([stories.started(1, 0.0), *(stories.ready(f"node{i}", 1.0) for i in range(3))])
-    assert isinstance(decide(lost("node1"), waiting, config), Nothing)
+    assert isinstance(act(lost("node1"), waiting, config), Evict)
     fewer = replay([stories.started(1, 0.0), *(stories.ready(f"node{i}", 1.0) for i in range(2))])
-    action = decide(lost("node1"), fewer, config)
+    action = act(lost("node1"), fewer, config)
     assert isinstance(action, Stop)
     assert action.exit_code == 75
 
@@ -115,11 +130,11 @@ def test_the_second_hang_or_kill_on_a_node_replaces_it(cause: Cause) -> None:
 
 
 def test_bad_input_stops_with_2_and_do_not_restart_with_93() -> None:
-    bad = decide(verdict(Cause.BAD_INPUT, severity=Severity.JOB, fingerprint="ValueError: no corpus"), running(), job())
+    bad = act(verdict(Cause.BAD_INPUT, severity=Severity.JOB, fingerprint="ValueError: no corpus"), running(), job())
     assert isinstance(bad, Stop)
     assert bad.exit_code == 2
     assert "no corpus" in bad.reason
-    never = decide(verdict(Cause.USER_ERROR, severity=Severity.JOB), running(), job())
+    never = act(verdict(Cause.USER_ERROR, severity=Severity.JOB), running(), job())
     assert isinstance(never, Stop)
     assert never.exit_code == 93
 
@@ -150,7 +165,7 @@ def test_ranks_that_fail_together_are_one_failure() -> None:
     state = running()
     state = apply(state, stories.given(verdict(node="node1"), 1, 1, 9.0))
     state = apply(state, stories.given(verdict(node="node0"), 1, 1, 9.0))
-    assert isinstance(decide(verdict(node="node0"), state, job()), Restart)
+    assert isinstance(act(verdict(node="node0"), state, job()), Restart)
 
 
 def test_two_nodes_killed_at_the_same_step_are_not_taken_for_a_bug() -> None:
@@ -182,7 +197,7 @@ def test_a_requeued_job_remembers_its_failures() -> None:
 
 
 def test_a_notice_is_only_noted() -> None:
-    assert isinstance(decide(verdict(Cause.NONFINITE, severity=Severity.NOTICE), running(), job()), Nothing)
+    assert isinstance(act(verdict(Cause.NONFINITE, severity=Severity.NOTICE), running(), job()), Nothing)
 
 
 VERDICTS = st.builds(
@@ -207,7 +222,7 @@ def test_whatever_fails_the_budget_holds_and_spares_are_really_spare(
     for what in failures:
         before = state
         state, action = suffer(state, what, config)
-        assert decide(what, before, config) == action, "the same with and without the verdict in the state"
+        assert act(what, before, config) == action, "the same with and without the verdict in the state"
         assert action.reason.endswith((".", "!"))
         if isinstance(action, Replace):
             assert before.status(action.spare) is NodeStatus.READY
@@ -230,7 +245,7 @@ def test_deciding_is_deterministic(failures: list[Verdict], last: Verdict) -> No
     for what in failures:
         state, _ = suffer(state, what, config)
     again = msgspec.json.decode(msgspec.json.encode(state), type=JobState)
-    assert decide(last, state, config) == decide(last, again, config)
+    assert decide(said(last, state), state, config) == decide(said(last, state), again, config)
 
 
 @settings(max_examples=100, deadline=None)
