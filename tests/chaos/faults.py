@@ -1,4 +1,4 @@
-"""Real faults, done to a run on this machine from outside: signals, damaged files."""
+"""Real faults, done to a run on this machine from outside: signals, damaged files. `plants` has those from within."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ def wait_a_part_of_a_step(job: Job, dice: random.Random) -> None:
 def kill_worker(run_dir: Path, node: str, rank: int) -> None:
     """SIGKILL one rank."""
     rank_process(run_dir, node, rank).kill()
+
+
+def crash_worker(run_dir: Path, node: str, rank: int, number: signal.Signals) -> None:
+    """End one rank by a signal, as a crash would: SIGSEGV, SIGBUS, SIGABRT ... wherever it is in its step."""
+    rank_process(run_dir, node, rank).send_signal(number)
 
 
 def stop_worker(run_dir: Path, node: str, rank: int) -> None:
