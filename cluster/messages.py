@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import msgspec
 
+from health.examination import Machine
+from health.network import Way
 from health.verdict import Verdict
 from trainer.events import Beat, Fact, StepTimes, WorkerError
 
@@ -103,13 +105,37 @@ class Evidence(msgspec.Struct, frozen=True):
     files: dict[str, bytes]
 
 
+class PeerAt(msgspec.Struct, frozen=True):
+    """A node and the `host:port` where it serves copies."""
+
+    node: str
+    address: str
+
+
+class Measure(msgspec.Struct, frozen=True, kw_only=True):
+    """Measure the way from these peers, for for_s seconds each (0: only whether they answer)."""
+
+    number: int
+    peers: tuple[PeerAt, ...]
+    for_s: float
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """The answer to `Measure` with this number."""
+
+    number: int
+    ways: tuple[Way, ...]
+
+
 class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     """An agent's whole state.
 
     generation: the one its workers last ran in (0: none yet). peer_address: `host:port` where it serves and takes
     copies of snapshots, "" for nowhere. domain: what it shares its fate with, a rack or a power line; "" for nothing.
     notice: why this node must go soon, "" if it need not. verdicts: what this node's own probes found. times: see
-    `RankTimes`. evidence: the answer to `Order.collect`, repeated until something else is asked.
+    `RankTimes`. evidence: the answer to `Order.collect`, repeated until something else is asked. sent_wall_s: this
+    node's clock. machine: what must be alike on all nodes, None while it is not known or workers run. measured: the
+    answer to `Order.measure`.
     """
 
     node: str
@@ -129,6 +155,9 @@ class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     verdicts: tuple[NumberedVerdict, ...] = ()
     times: tuple[RankTimes, ...] = ()
     evidence: Evidence | None = None
+    sent_wall_s: float = 0.0
+    machine: Machine | None = None
+    measured: Measured | None = None
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,7 +203,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order"):
 
     copy_to: who keeps copies of this node's snapshots. keep_for: ranks whose copies this node keeps. gather: what to
     fetch before starting the plan's workers. rejected: snapshots (generation, step) that must not be loaded. collect:
-    the number of the newest request for evidence about this generation's workers, 0 for none.
+    the number of the newest request for evidence about this generation's workers, 0 for none. measure: what ways to
+    measure now. heard_wall_s: `AgentReport.sent_wall_s` of the newest report; sent_wall_s: the supervisor's clock.
     """
 
     ack_seq: int
@@ -186,6 +216,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order"):
     gather: tuple[Sources, ...] = ()
     rejected: tuple[tuple[int, int], ...] = ()
     collect: int = 0
+    measure: Measure | None = None
+    heard_wall_s: float = 0.0
+    sent_wall_s: float = 0.0
 
 
 Message = AgentReport | Order
