@@ -27,6 +27,7 @@ from trainer.numbers import NUMBERS, NumbersWatch, Stretch, WatchState
 from trainer.paths import metrics_path, segments_dir
 from trainer.prepared import read_info
 from trainer.resume import bucket, canary, complete_metrics, has_snapshot, resume
+from trainer.stepclock import StepClock, start_clock
 from trainer.validation import Measured, Validation, build_validation
 
 
@@ -62,6 +63,7 @@ class Rank:
     canary: float | None
     persisted_s: float
     validation: Validation | None
+    clock: StepClock
     watch: NumbersWatch
     tells_loss: bool
     stretch: Stretch | None = None
@@ -136,6 +138,7 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         canary=canary(context, config, loaded, batch_of(step + 1, left_out)) if loaded else None,
         persisted_s=time.monotonic(),
         validation=build_validation(config, engine, context.heart, eod_id, vocab_size),
+        clock=start_clock(engine, context, config.health.probe_steps, stack),
         tells_loss=context.rank in loss_ranks(config.parallelism),
         watch=NumbersWatch(config.numbers, config.training.steps, _watch_state(loaded)),
     )

@@ -15,6 +15,7 @@ from checkpointing.keep import VALIDATION_LOSS
 from checkpointing.layout import Json
 from checkpointing.segment import PersistTo
 from checkpointing.verify import committed_generation
+from parallelism.clock import Part
 from parallelism.schedule import learning_rate
 from trainer.build import Rank
 from trainer.canary import CanaryError, differs
@@ -72,6 +73,7 @@ def train(rank: Rank) -> None:
             publish(rank)
             wait_to_go_back(rank)
         snapshot(rank, vote, final=rank.step == last or vote.leave)
+        rank.clock.finish()
         if rank.copies is None:
             publish(rank)
         if vote.leave:
@@ -85,7 +87,8 @@ def measure(rank: Rank, vote: Vote) -> Measured | None:
     """The validation loss after this step, if it is due; a job that was asked to leave has no time for it."""
     if rank.validation is None or vote.leave or not rank.validation.due(rank.step):
         return None
-    return rank.validation.measure()
+    with rank.engine.clock.paused():
+        return rank.validation.measure()
 
 
 def secure(rank: Rank) -> None:
@@ -112,11 +115,13 @@ def is_secure(rank: Rank) -> bool:
 
 def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
     """One optimizer step. The weights change only if the numbers of all ranks are sane."""
-    heart, engine = rank.context.heart, rank.engine
+    heart, engine, clock = rank.context.heart, rank.engine, rank.engine.clock
     heart.beat(Phase.DATA, step)
+    clock.begin(step)
     began_s = time.monotonic()
     batch = rank.data.get(step)
     data_s = time.monotonic() - began_s
+    clock.switch(Part.OTHER)
     if rank.ledger is not None:
         rank.tell_once(rank.ledger.append(step, batch.first, batch.count, batch.digest, batch.passed))
     heart.beat(Phase.FORWARD_BACKWARD)
@@ -125,10 +130,13 @@ def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
     loss = engine.forward_backward(torch.from_numpy(batch.tokens), positions)
     grad_norm = engine.clip_grad_norm(rank.config.training.max_grad_norm)
     # The weights may not change under a copy of them.
+    clock.switch(Part.SNAPSHOT)
     stall_s = rank.snapshots.wait()
     # A first step waits, too: one of its state's copies may have just become a new node's own shard.
     if rank.copies is not None and rank.policy.copies(step - 1) and (step > rank.first_step or rank.from_memory):
+        clock.switch(Part.WAIT)
         stall_s += rank.copies.wait()
+    clock.switch(Part.OTHER)
     heart.beat(Phase.VOTE)
     vote = take_vote(rank, loss)
     # Every rank's copies of the step before are whole by now: nothing can take it back any more.
@@ -188,6 +196,7 @@ def snapshot(rank: Rank, vote: Vote, final: bool) -> None:
     persist = PersistTo.NOTHING if rank.snapshots.persist_busy else feed.persist
     if persist & PersistTo.RUN:
         rank.persisted_s = time.monotonic()
+    rank.engine.clock.switch(Part.SNAPSHOT)
     rank.snapshots.stage(rank.step, persist=persist, scalars=scalars(rank))
 
 

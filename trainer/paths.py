@@ -10,6 +10,11 @@ def heartbeat_path(ram_dir: Path) -> Path:
     return ram_dir / "heartbeats"
 
 
+def times_path(ram_dir: Path) -> Path:
+    """Where the time of the last steps of each rank went."""
+    return ram_dir / "times"
+
+
 def facts_path(ram_dir: Path, local_rank: int) -> Path:
     """Facts that a worker noticed, one JSON line each."""
     return ram_dir / f"facts-{local_rank}.jsonl"
