@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from cluster.events import ActionTaken
+from cluster.policy_numbers import Rollback, back_to
 
 
 class Restart(msgspec.Struct, frozen=True, tag="restart"):
@@ -41,7 +42,7 @@ class Nothing(msgspec.Struct, frozen=True, tag="nothing"):
     reason: str
 
 
-Action = Restart | Replace | Evict | Stop | Nothing
+Action = Restart | Replace | Evict | Rollback | Stop | Nothing
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -63,4 +64,5 @@ def action_event(decision: Decision, incident: int, t_wall_s: float, t_mono_s: f
         node=action.node if isinstance(action, Replace | Evict) else blamed,
         spare=action.spare if isinstance(action, Replace) else "",
         because=decision.because,
+        back=back_to(action) if isinstance(action, Rollback) else None,
     )

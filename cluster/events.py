@@ -13,6 +13,7 @@ import msgspec
 from cluster.messages import Gather
 from health.verdict import Verdict
 from trainer.events import Fact
+from trainer.history import Ranges
 
 
 class Place(enum.StrEnum):
@@ -53,11 +54,12 @@ class AgentStarted(Event, frozen=True, kw_only=True, tag="agent_started"):
 
 
 class NodeReady(Event, frozen=True, kw_only=True, tag="node_ready"):
-    """An agent reported in, warm: torch and the trainer are loaded in its fork server."""
+    """An agent reported in, warm: torch and the trainer are loaded in its fork server. hardware: see `NodeId`."""
 
     node: str
     host: str
     pid: int
+    hardware: tuple[str, ...] = ()
 
 
 class NodeRemembered(Event, frozen=True, kw_only=True, tag="node_remembered"):
@@ -117,8 +119,23 @@ class VerdictGiven(Event, frozen=True, kw_only=True, tag="verdict"):
     others: tuple[Verdict, ...] = ()
 
 
+class Back(msgspec.Struct, frozen=True, kw_only=True):
+    """A history that was given up: what `generation` and earlier ones made after to_step must not be loaded again.
+
+    step: where its trouble began. left_out: ranges (first, count) of batches that are never read from now on.
+    """
+
+    generation: int
+    step: int
+    to_step: int
+    left_out: Ranges
+
+
 class ActionTaken(Event, frozen=True, kw_only=True, tag="action"):
-    """What the policy chose for an incident, its reason in plain words, and the facts that led to it, a line each."""
+    """What the policy chose for an incident, its reason in plain words, and the facts that led to it, a line each.
+
+    back: what a rollback means.
+    """
 
     incident: int
     action: str
@@ -126,6 +143,7 @@ class ActionTaken(Event, frozen=True, kw_only=True, tag="action"):
     node: str = ""
     spare: str = ""
     because: tuple[str, ...] = ()
+    back: Back | None = None
 
 
 class NodeEvicted(Event, frozen=True, kw_only=True, tag="node_evicted"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.messages import AgentReport, AgentStatus, Gather, HeldInfo
@@ -31,7 +31,7 @@ def ready_members(members: Sequence[str], views: Mapping[str, AgentView], genera
 
 
 def common_snapshot(
-    world_size: int, views: Mapping[str, AgentView], rejected: Collection[tuple[int, int]] = ()
+    world_size: int, views: Mapping[str, AgentView], rejected: Container[tuple[int, int]] = ()
 ) -> tuple[int, int]:
     """(generation, step) of the newest snapshot of which some node or other holds every rank's shard; (-1, -1): none.
 

@@ -202,7 +202,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order"):
     """The whole of what the supervisor wants. An agent with an older generation stops its workers.
 
     copy_to: who keeps copies of this node's snapshots. keep_for: ranks whose copies this node keeps. gather: what to
-    fetch before starting the plan's workers. rejected: snapshots (generation, step) that must not be loaded. collect:
+    fetch before starting the plan's workers. rejected: snapshots (generation, step) that must not be loaded; abandoned,
+    left_out: histories that were given up, and batches that are not read, see `trainer.history`. collect:
     the number of the newest request for evidence about this generation's workers, 0 for none. measure: what ways to
     measure now. heard_wall_s: `AgentReport.sent_wall_s` of the newest report; sent_wall_s: the supervisor's clock.
     """
@@ -215,6 +216,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order"):
     keep_for: tuple[int, ...] = ()
     gather: tuple[Sources, ...] = ()
     rejected: tuple[tuple[int, int], ...] = ()
+    abandoned: tuple[tuple[int, int], ...] = ()
+    left_out: tuple[tuple[int, int], ...] = ()
     collect: int = 0
     measure: Measure | None = None
     heard_wall_s: float = 0.0

@@ -90,6 +90,8 @@ class Node:
             ram_dir=str(self.ram_dir),
             ram_step=plan.ram_step,
             rejected=order.rejected,
+            abandoned=order.abandoned,
+            left_out=order.left_out,
             peers=tuple(dict.fromkeys([*order.copy_to, *(a for each in order.gather for a in each.addresses)])),
             wait_for_copies=self.tiers.may_send_copies,
             node_dir=str(self.tiers.node_dir or ""),

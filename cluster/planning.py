@@ -18,7 +18,7 @@ def make_plan(
     """
     first = views[members[0]].report.readiness
     assert first is not None
-    snapshot = common_snapshot(len(members) * ranks_per_node, views, state.rejected)
+    snapshot = common_snapshot(len(members) * ranks_per_node, views, state.refused)
     if snapshot[1] < max(state.newest_snapshot, 0):
         snapshot = (-1, -1)
     plan = Plan(

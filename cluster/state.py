@@ -11,6 +11,7 @@ from cluster.events import (
     ActionTaken,
     AgentStarted,
     AnyEvent,
+    Back,
     GenerationPlanned,
     NodeEvicted,
     NodeFinished,
@@ -27,10 +28,11 @@ from cluster.events import (
 from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import Fact, FactKind
 from trainer.exits import ExitCode
+from trainer.history import Ranges, Refused, union
 
 KEPT_SNAPSHOTS = 16
 KEPT_RECOVERIES = 16
-RESTARTING_ACTIONS = ("restart", "replace")
+RESTARTING_ACTIONS = ("restart", "replace", "rollback")
 HARMLESS_ACTIONS = ("nothing", "evict")
 _PERSONS_TURN = (ExitCode.FAILED, ExitCode.BAD_INPUT, ExitCode.DO_NOT_RESTART)
 
@@ -105,9 +107,11 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
 
     order: the nodes by rank, node i holding ranks i*ranks_per_node and up; a chosen spare is in it as soon as the
     policy replaced a node. newest_step and snapshots (ascending): as far as the journal knows; metrics.jsonl may know
-    more steps. rejected: snapshots (generation, step) that a loss has shown to be wrong. exit_code is None while the
-    run goes on. failures, evictions: kept since a person last had a turn. recoveries_s: from a verdict to the next
-    generation's first step, the newest. step_s: the length of a step by the journal, None if not known yet; it is
+    more steps. rejected: snapshots (generation, step) that a loss has shown to be wrong. rollback_wanted: what workers
+    wait for. rollbacks: steps at which the troubles began that the run went back from, since a person last had a turn.
+    abandoned, left_out: what it gave up and leaves out by that, for ever, see `trainer.history`. exit_code is None
+    while the run goes on. failures, evictions: kept since a person last had a turn. recoveries_s: from a verdict to the
+    next generation's first step, the newest. step_s: the length of a step by the journal, None if not known yet; it is
     counted from pace_from (step, time) of the generation.
     """
 
@@ -121,6 +125,10 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     ranks_per_node: int = 0
     ram_step: int = -1
     rejected: tuple[tuple[int, int], ...] = ()
+    rollback_wanted: Fact | None = None
+    rollbacks: tuple[int, ...] = ()
+    abandoned: tuple[tuple[int, int], ...] = ()
+    left_out: Ranges = ()
     restarts_used: int = 0
     incidents: tuple[Incident, ...] = ()
     failures: tuple[Failure, ...] = ()
@@ -134,6 +142,11 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     newest_step: int = 0
     exit_code: int | None = None
     stop_reason: str = ""
+
+    @property
+    def refused(self) -> Refused:
+        """Snapshots that must not be loaded."""
+        return Refused(self.rejected, self.abandoned)
 
     @property
     def newest_snapshot(self) -> int:
@@ -239,6 +252,7 @@ def _started(state: JobState, event: RunStarted) -> JobState:
         order=(),
         finished=frozenset(),
         failures=() if state.exit_code in _PERSONS_TURN else state.failures,
+        rollbacks=() if state.exit_code in _PERSONS_TURN else state.rollbacks,
         evictions=() if state.exit_code in _PERSONS_TURN else state.evictions,
         remembered={},
         incidents=tuple(msgspec.structs.replace(incident, open=False) for incident in state.incidents),
@@ -275,6 +289,7 @@ def _planned(state: JobState, event: GenerationPlanned) -> JobState:
         ram_step=event.ram_step,
         nodes=nodes,
         finished=frozenset(),
+        rollback_wanted=None,
         pace_from=None,
     )
 
@@ -283,6 +298,10 @@ def _fact(state: JobState, fact: Fact) -> JobState:
     match fact.kind:
         case FactKind.FIRST_STEP:
             return _first_step(state, fact)
+        case FactKind.ROLLBACK_WANTED:
+            return _replace(state, rollback_wanted=fact)
+        case FactKind.SNAPSHOT_COMMITTED if (fact.generation, fact.step) in state.refused:
+            return state
         case FactKind.SNAPSHOT_COMMITTED:
             state = _replace(state, step_s=_step_s(state, fact))
             snapshots = tuple(sorted({*state.snapshots, fact.step}))[-KEPT_SNAPSHOTS:]
@@ -370,6 +389,8 @@ def _action(state: JobState, event: ActionTaken) -> JobState:
     )
     restarts_used = state.restarts_used + (event.action in RESTARTING_ACTIONS)
     state = _replace(state, incidents=incidents, restarts_used=restarts_used)
+    if event.back is not None:
+        state = _went_back(state, event.back)
     if event.action not in ("replace", "evict"):
         return state
     state = _replace(state, evictions=(*state.evictions, _eviction(state, event)))
@@ -386,6 +407,17 @@ def _eviction(state: JobState, event: ActionTaken) -> Eviction:
     about = [each for each in state.failures if (each.incident, each.node) == (event.incident, event.node)]
     gone = any(each.cause in (Cause.NODE_LOST, Cause.PREEMPTED) for each in about)
     return Eviction(node=event.node, incident=event.incident, t_wall_s=event.t_wall_s, judged=not gone)
+
+
+def _went_back(state: JobState, back: Back) -> JobState:
+    return _replace(
+        state,
+        rollback_wanted=None,
+        rollbacks=(*state.rollbacks, back.step),
+        abandoned=(*state.abandoned, (back.generation, back.to_step)),
+        left_out=union(state.left_out, back.left_out),
+        snapshots=tuple(step for step in state.snapshots if step <= back.to_step),
+    )
 
 
 def _with_node(

@@ -25,6 +25,7 @@ from cluster.noticing import Noticing, OpenIncident, Suspicion
 from cluster.placement import Placement
 from cluster.planning import make_plan, ranks_of
 from cluster.policy import decide, leftover
+from cluster.policy_numbers import Rollback
 from cluster.rundir import RunDir
 from cluster.scheduler import Scheduler
 from cluster.state import JobState, apply
@@ -158,7 +159,7 @@ class Supervisor:
         self.views[report.node] = AgentView(report, time.monotonic())
         self.placement.update(self.members, self.views)
         if report.readiness is not None and (known is None or known.report.readiness is None) and not report.generation:
-            self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid)
+            self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid, hardware=report.hardware)
         self._take_facts(report)
         if self.plan is not None and report.node in self.members and report.generation == self.plan.generation:
             self._take_exits(report)
@@ -176,6 +177,8 @@ class Supervisor:
                 self.emit(events.WorkersReported, fact=numbered.fact)
                 if numbered.fact.kind is FactKind.UPDATE_SKIPPED:
                     self._judge_skip(numbered.fact)
+                elif numbered.fact.kind in (FactKind.NUMBERS_ODD, FactKind.ROLLBACK_WANTED):
+                    self._judge_numbers(numbered.fact)
 
     def _catch_up(self, report: AgentReport) -> None:
         """Agents may know a newer generation than the journal of a supervisor that died: never fall behind them."""
@@ -227,6 +230,11 @@ class Supervisor:
             return
         self._only_note(suspicions.skipped_update(fact), fact.t_wall_s, fact.generation)
 
+    def _judge_numbers(self, fact: Fact) -> None:
+        """Of a generation that is over, or will be, nobody waits for an answer any more."""
+        if fact.kind is not FactKind.ROLLBACK_WANTED or (fact.generation == self.target_generation and self.plan):
+            self.accuse(Suspicion(suspicions.odd_numbers(fact), fact.t_wall_s))
+
     def _take_verdicts(self, report: AgentReport) -> None:
         """What a node's own probes found: a notice is written down, the rest opens an incident."""
         for numbered in report.verdicts:
@@ -267,6 +275,8 @@ class Supervisor:
                 keep_for=self.placement.keep_for(node, self.config.cluster.ranks_per_node),
                 gather=self.placement.sources(self.gather, node, ranks_of(node, self.plan)),
                 rejected=self.state.rejected,
+                abandoned=self.state.abandoned,
+                left_out=self.state.left_out,
             ),
         )
 
@@ -347,7 +357,7 @@ class Supervisor:
     def _do(self, decision: Decision, root: Verdict, number: int) -> None:
         self.emit(action_event, decision=decision, incident=number, blamed=root.node)
         match decision.action:
-            case Restart(reason=reason):
+            case Restart(reason=reason) | Rollback(reason=reason):
                 self.next_generation(self.members, reason)
             case Replace(node=node, spare=spare, reason=reason):
                 self._evict(node, reason)

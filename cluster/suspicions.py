@@ -5,7 +5,7 @@ from __future__ import annotations
 from cluster.messages import WorkerExit
 from health.crash import judge_exit
 from health.verdict import Cause, Severity, Verdict
-from trainer.events import Fact
+from trainer.events import Fact, FactKind
 
 
 def agent_gone(node: str, step: int, last_words: tuple[str, ...]) -> Verdict:
@@ -29,12 +29,31 @@ def skipped_update(fact: Fact) -> Verdict:
     return Verdict(
         node=fact.node,
         rank=-1,
-        cause=Cause.NONFINITE,
+        cause=_odd(fact),
         severity=Severity.NOTICE,
         step=fact.step,
-        fingerprint=Cause.NONFINITE.value,
+        fingerprint=_odd(fact).value,
         evidence=(fact.detail,),
     )
+
+
+def odd_numbers(fact: Fact) -> Verdict:
+    """A layer or the experts are out of line, which is only noted; or workers wait to go back, the job's matter."""
+    wants = fact.kind is FactKind.ROLLBACK_WANTED
+    return Verdict(
+        node="",
+        rank=-1,
+        cause=_odd(fact),
+        severity=Severity.WORKERS if wants else Severity.NOTICE,
+        step=fact.step,
+        fingerprint=_odd(fact).value,
+        evidence=(fact.detail,),
+    )
+
+
+def _odd(fact: Fact) -> Cause:
+    """The cause that a fact about numbers names; only facts of before there were several name none."""
+    return Cause.NONFINITE if fact.oddity is None else Cause(fact.oddity.value)
 
 
 def worker_ended(node: str, death: WorkerExit, newest_step: int) -> Verdict:
