@@ -132,7 +132,8 @@ class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
 
     generation: the one its workers last ran in (0: none yet). peer_address: `host:port` where it serves and takes
     copies of snapshots, "" for nowhere. domain: what it shares its fate with, a rack or a power line; "" for nothing.
-    notice: why this node must go soon, "" if it need not. verdicts: what this node's own probes found. times: see
+    notice: why this node must go soon, "" if it need not. hardware: what makes the node this one (UUIDs of its GPUs).
+    verdicts: what this node's own probes found. times: see
     `RankTimes`. evidence: the answer to `Order.collect`, repeated until something else is asked. sent_wall_s: this
     node's clock. machine: what must be alike on all nodes, None while it is not known or workers run. measured: the
     answer to `Order.measure`.
@@ -152,6 +153,7 @@ class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     peer_address: str = ""
     domain: str = ""
     notice: str = ""
+    hardware: tuple[str, ...] = ()
     verdicts: tuple[NumberedVerdict, ...] = ()
     times: tuple[RankTimes, ...] = ()
     evidence: Evidence | None = None
