@@ -17,6 +17,8 @@ from rich.markup import escape
 from tyro.conf import Positional, subcommand
 
 from cluster.cli_checkpoint import Checkpoint, Import, run_checkpoint
+from cluster.cli_explain import Explain, Policy, explain, replay_policy
+from cluster.cli_nodes import Nodes, nodes
 from configs.load import ConfigError
 from trainer.exits import ExitCode
 
@@ -104,6 +106,9 @@ Command = (
     | Annotated[Config, subcommand("config")]
     | Annotated[Status, subcommand("status")]
     | Annotated[Logs, subcommand("logs")]
+    | Annotated[Explain, subcommand("explain")]
+    | Annotated[Nodes, subcommand("nodes")]
+    | Annotated[Policy, subcommand("policy")]
     | Annotated[Checkpoint, subcommand("checkpoint")]
     | Annotated[Data, subcommand("data")]
 )
@@ -287,6 +292,9 @@ _COMMANDS: Mapping[type, Callable[[Any, Sequence[str]], int]] = {
     Config: _config,
     Status: _status,
     Logs: _logs,
+    Explain: explain,
+    Nodes: nodes,
+    Policy: replay_policy,
     DataPrepare: _data_prepare,
     DataShow: _data_show,
 }

@@ -101,6 +101,11 @@ def describe(event: events.AnyEvent) -> str:
             return f"run [bold]{escape(event.run)}[/] goes on (attempt {event.attempt})"
         case events.SupervisorTookOver():
             return "took over from a supervisor that is gone; training never stopped"
+        case events.NodeRemembered() if event.place is not events.Place.MEMBER:
+            place = "left out" if event.place is events.Place.OUT else "only a spare for now"
+            return f"[bold yellow]{event.node}[/] is {place}: {escape(event.reason)}"
+        case events.NodeReadmitted():
+            return f"{event.node} is back: {escape(event.reason)}"
         case events.NodeReady():
             return f"{event.node} is ready"
         case events.GenerationPlanned():

@@ -111,6 +111,11 @@ def earlier(node: str, given: VerdictGiven, state: JobState, window_s: float) ->
     ]
 
 
+def speaks_against(verdict: Verdict) -> bool:
+    """Whether a verdict says something about its node's own health; what only takes the node away does not."""
+    return bool(verdict.node) and verdict.cause is not Cause.PREEMPTED and _tells(verdict.severity, verdict.cause)
+
+
 def worth_telling(root: Verdict, verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:
     """The other verdicts of an incident as the journal keeps them: of a hundred thousand ranks that fail together not
     every word, but first those about nodes, and peers that were only left alone last."""

@@ -91,12 +91,14 @@ class _Case:
         if weight.gone:
             return self._replace_gone(lead, weight)
         if weight.certainty is Certainty.HINT:
+            self._pass_over(f"evicting {weight.node}, as two independent hints or stronger evidence are needed")
             return self._keep(lead, running, "one piece of evidence evicts nobody")
         return self._judge(lead, weight, running)
 
     def _replace_gone(self, lead: Verdict, weight: Weight) -> Action:
         """No judgement that could be wrong, so no price and no limit an hour: spares and restarts are the bounds."""
         self._tell_spares()
+        self._pass_over(f"a restart on the same nodes, as {weight.node} is gone")
         if not self.state.spares:
             return Stop(
                 ExitCode.REQUEUE,
@@ -116,14 +118,18 @@ class _Case:
                     ExitCode.REQUEUE,
                     f"{what(lead)} and no spare is left; run the same command again when there is another node.",
                 )
+            self._pass_over(f"evicting {weight.node}, as there is no spare")
             again = f" for the {ordinal(weight.strikes + 1)} time on this node, but" if weight.strikes else ""
             return self._keep(lead, running, f"{again.strip()} no spare is left".strip())
         cost = price(weight, running, lead.step, self.state, self.config)
         self.because.append(f"price: {cost.words}")
         if not proven and not cost.evict:
+            self._pass_over(f"evicting {weight.node}, as keeping it is cheaper")
             return self._keep(lead, running, f"evicting the node would cost more than keeping it ({_both(cost)})")
         if self._evictions_left() < 1:
+            self._pass_over(f"evicting {weight.node}, as the limit of this hour is reached")
             return self._over_the_limit(lead, proven, running)
+        self._pass_over(f"keeping {weight.node}, as {'it is proven bad' if proven else 'that costs more'}")
         return self._within_budget(lead, self._replacement(lead, weight))
 
     def _keep(self, lead: Verdict, running: bool, why: str) -> Action:
@@ -173,6 +179,9 @@ class _Case:
         ]
         self.because.append(f"evictions on evidence in the last hour: {len(recent)} of {limit}")
         return limit - len(recent)
+
+    def _pass_over(self, what_and_why: str) -> None:
+        self.because.append(f"not taken: {what_and_why}")
 
     def _tell_spares(self) -> None:
         self.because.append(f"spares: {', '.join(self.state.spares) or 'none'}")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cluster import events
+from cluster.history import HistoryFile, history_path
 from cluster.journal import Journal, read_events
 from cluster.keys import make_or_read_keys, make_transfer_key
+from cluster.lemons import Standing, standings
 from cluster.local import LocalScheduler
 from cluster.messages import Plan
+from cluster.remembering import Remembering, remembered
 from cluster.rundir import Endpoint, RunDir, write_atomically
 from cluster.scheduler import Scheduler
 from cluster.state import RESTARTING_ACTIONS, JobState, replay
@@ -22,6 +27,8 @@ from configs.load import ConfigError, Problem, describe_changes, load_job, resol
 from configs.schema import JobConfig
 from trainer.exits import ExitCode
 from trainer.paths import transfer_key_path
+
+logger = logging.getLogger("everstep.run")
 
 
 def run_job(config: JobConfig, watcher: Watcher, newest_snapshot: Callable[[Path], int]) -> ExitCode:
@@ -59,13 +66,17 @@ def _run_locked(
         scheduler.close()
         if newest_snapshot(run_dir.path) >= config.training.steps:
             return ExitCode.DONE
-    watcher.open()
+    history = HistoryFile(history_path(config))
+    memory = Remembering(watcher, history, config.run.name)
+    memory.open()
     with _listening(run_dir) as socket:
         supervisor = Supervisor(
-            config, run_dir, scheduler, socket, Journal(run_dir.events), state, fit if taking_over else {}, watcher
+            config, run_dir, scheduler, socket, Journal(run_dir.events), state, fit if taking_over else {}, memory
         )
         with _signals(supervisor):
-            _begin(supervisor, config, run_dir, state, scheduler, taking_over)
+            if taking_over:
+                memory.adopt(list(fit), time.time())
+            _begin(supervisor, config, run_dir, state, scheduler, history, taking_over)
             code = supervisor.run()
         scheduler.close()
         return code
@@ -77,6 +88,7 @@ def _begin(
     run_dir: RunDir,
     state: JobState,
     scheduler: Scheduler,
+    history: HistoryFile,
     taking_over: bool,
 ) -> None:
     if taking_over:
@@ -90,7 +102,11 @@ def _begin(
             supervisor_pid=os.getpid(),
             target_steps=config.training.steps,
         )
-        _start_agents(supervisor, config, scheduler)
+        past = history.read()
+        if past.skipped:
+            logger.warning("%s: %d lines could not be read and are skipped", history.path, past.skipped)
+        known = standings(past.entries, time.time(), config.cluster.burn_in_hours)
+        _start_agents(supervisor, config, scheduler, known)
 
 
 def _accept_config(config: JobConfig, run_dir: RunDir, taking_over: bool) -> None:
@@ -113,13 +129,47 @@ def _accept_config(config: JobConfig, run_dir: RunDir, taking_over: bool) -> Non
     write_atomically(run_dir.config, text.encode())
 
 
-def _start_agents(supervisor: Supervisor, config: JobConfig, scheduler: Scheduler) -> None:
-    evicted = supervisor.state.evicted
+def _start_agents(supervisor: Supervisor, config: JobConfig, scheduler: Scheduler, known: Sequence[Standing]) -> None:
+    """Start as many nodes as are wanted, without those that this run evicted or that earlier runs say to leave out."""
     wanted = config.cluster.nodes + config.cluster.spares
-    names = [name for i in range(wanted + len(evicted)) if (name := f"node{i}") not in evicted][:wanted]
+    all_names = [f"node{i}" for i in range(wanted + len(supervisor.state.evicted) + len(known))]
+    past = remembered(all_names, known)
+    _give_back(supervisor, past)
+    evicted = supervisor.state.evicted
+    out = {name for name, standing in past.items() if standing.place is events.Place.OUT}
+    names = [name for name in all_names if name not in evicted and name not in out][:wanted]
+    for name in all_names[: all_names.index(names[-1]) + 1]:
+        standing = past.get(name)
+        if standing is not None and name not in evicted and (standing.failures or name in out):
+            _remind(supervisor, name, standing)
     for name in names:
         supervisor.handles[name] = scheduler.start(name)
         supervisor.emit(events.AgentStarted, node=name, handle=supervisor.handles[name])
+
+
+def _give_back(supervisor: Supervisor, past: Mapping[str, Standing]) -> None:
+    """Nodes that this run evicted, and a person has readmitted since, are there again."""
+    evicted_s = {
+        each.node: each.t_wall_s
+        for each in read_events(supervisor.run_dir.events)
+        if isinstance(each, events.NodeEvicted)
+    }
+    for name in supervisor.state.evicted:
+        standing = past.get(name)
+        if standing is not None and standing.readmitted_wall_s > evicted_s.get(name, float("inf")):
+            supervisor.emit(events.NodeReadmitted, node=name, reason=standing.reason)
+
+
+def _remind(supervisor: Supervisor, name: str, standing: Standing) -> None:
+    supervisor.emit(
+        events.NodeRemembered,
+        node=name,
+        place=standing.place,
+        reason=standing.reason,
+        failures=standing.failures,
+        node_days=standing.node_days,
+        failures_per_day=standing.failures_per_day,
+    )
 
 
 def _adopt(supervisor: Supervisor, state: JobState, run_dir: RunDir) -> None:

@@ -29,7 +29,9 @@ class Job:
     def __init__(self, home: Path, name: str, config: str, overrides: Sequence[str] = ()) -> None:
         self.home = home
         self.name = name
-        self.arguments = ["run", config, "--run.name", name, "--telemetry.wandb", "off", *overrides]
+        # Each job remembers its nodes for itself: what one test does to a node is not held against it in the next.
+        history = ("--cluster.node_history", str(home / "runs" / name / "nodes.jsonl"))
+        self.arguments = ["run", config, "--run.name", name, "--telemetry.wandb", "off", *history, *overrides]
         self.output = home / f"{name}.out"
         self.environment: dict[str, str] = {}
         self.process: subprocess.Popen[bytes] | None = None

@@ -1,0 +1,176 @@
+"""`everstep nodes`: where each node is, and why; and the two words that a person may put into their history."""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from trainer.exits import ExitCode
+
+if TYPE_CHECKING:
+    from cluster.events import AnyEvent
+    from cluster.history import HistoryFile, NodeId
+    from cluster.lemons import Standing
+    from cluster.rundir import RunDir
+    from cluster.state import JobState
+
+_COLUMNS = ("node", "place", "failures", "evicted", "node-days", "per 1,000 node-days", "why")
+
+
+@dataclasses.dataclass(frozen=True)
+class Nodes:
+    """Show each node, where it is and why: of a run, or without one of all runs. `drain NODE` and `readmit NODE` say
+    that a node gets no more work, or that it is repaired."""
+
+    what: Positional[str] = ""
+    """Name of a run, or its folder; or `drain` or `readmit`."""
+    node: Positional[str] = ""
+    """The node to drain or readmit, as the table names it."""
+    reason: str = ""
+    """Why it is drained or readmitted."""
+    history: str = ""
+    """The file of nodes; without it `nodes.jsonl` in --dir, or the one that the run's configuration names."""
+    dir: str = "runs"
+    """Where runs are kept."""
+
+
+def nodes(command: Nodes, _overrides: Sequence[str]) -> int:
+    """Show nodes, or write into their history."""
+    from cluster.history import HISTORY_FILE, HistoryFile
+
+    file = HistoryFile(Path(command.history or Path(command.dir) / HISTORY_FILE))
+    console = Console(soft_wrap=True)
+    if command.what in ("drain", "readmit"):
+        return _write(command, file, console)
+    if command.node:
+        raise ValueError(f"unknown word {command.what!r}: use drain or readmit before a node, or only a run's name")
+    if command.what:
+        return _show_run(command, console)
+    known, skipped = _standings(file)
+    if not known:
+        console.print(f"{file.path} remembers no nodes", highlight=False)
+        return ExitCode.DONE
+    table = Table(*_COLUMNS, box=None)
+    for each in known:
+        table.add_row(each.node.label, each.place.value, *_numbers(each), each.reason)
+    _print(console, table, file, skipped)
+    return ExitCode.DONE
+
+
+def _show_run(command: Nodes, console: Console) -> int:
+    from cluster.history import HistoryFile, history_path
+    from cluster.journal import read_events
+    from cluster.remembering import remembered
+    from cluster.rundir import find_run
+    from cluster.state import replay
+    from configs.load import load_job
+
+    run_dir = find_run(command.what, command.dir)
+    config = load_job(run_dir.config)
+    file = HistoryFile(Path(command.history) if command.history else history_path(config))
+    known, skipped = _standings(file, config.cluster.burn_in_hours)
+    events = read_events(run_dir.events)
+    state = replay(events)
+    names = sorted({*state.nodes, *state.remembered})
+    past = remembered(names, known)
+    table = Table(*_COLUMNS, box=None)
+    for name in names:
+        standing = past.get(name)
+        numbers = _numbers(standing) if standing else ("0.0", "0", "0.0", "")
+        place, why = _in_run(name, state, events, run_dir)
+        table.add_row(name, place, *numbers, why)
+    _print(console, table, file, skipped)
+    return ExitCode.DONE
+
+
+def _in_run(name: str, state: JobState, events: Sequence[AnyEvent], run_dir: RunDir) -> tuple[str, str]:
+    """A node's place in a run, and why it is there."""
+    from cluster.events import NodeEvicted, Place
+    from cluster.state import NodeStatus
+
+    status, before = state.status(name), state.remembered.get(name)
+    told = f"; from before: {before.reason}" if before and before.place is not Place.MEMBER else ""
+    if status is None:
+        return "left out", before.reason if before else ""
+    if status is NodeStatus.EVICTED:
+        reasons = [each.reason for each in events if isinstance(each, NodeEvicted) and each.node == name]
+        return "evicted", f"{reasons[-1] if reasons else 'by an earlier attempt'}"
+    if name in state.order:
+        first = state.order.index(name) * state.ranks_per_node
+        last = first + state.ranks_per_node - 1
+        ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
+        return f"{status.value}, {ranks}", f"holds {ranks} of run {run_dir.path.name}{told}"
+    if status is NodeStatus.LOST:
+        return "lost", "stopped answering"
+    turn = [*state.spares].index(name) + 1 if name in state.spares else 0
+    return f"spare {turn}", f"stands by{told}"
+
+
+def _write(command: Nodes, file: HistoryFile, console: Console) -> int:
+    """Append a person's word. Raises ValueError for a name that is none, or one that could be several nodes."""
+    from cluster.history import Drained, Readmitted
+
+    if not command.node or not command.reason.strip():
+        raise ValueError(f"say which node and why: everstep nodes {command.what} NODE --reason TEXT")
+    node = _find(command.node, file)
+    who, now_s = getpass.getuser(), time.time()
+    entry = (
+        Drained(t_wall_s=now_s, node=node, reason=command.reason, who=who)
+        if command.what == "drain"
+        else Readmitted(t_wall_s=now_s, node=node, reason=command.reason, who=who)
+    )
+    if not file.append([entry]):
+        raise OSError(f"{file.path} is held by another process; try again")
+    console.print(f"{node.label}: {command.what} noted in {file.path}", highlight=False)
+    return ExitCode.DONE
+
+
+def _find(name: str, file: HistoryFile) -> NodeId:
+    """The node of that name: `host/name`, or what of it is enough to tell it from others."""
+    from cluster.history import NodeId
+    from cluster.rundir import safe_name
+
+    host, slash, rest = name.partition("/")
+    safe_name(host, "node")
+    if slash:
+        safe_name(rest, "node")
+    known = [each.node for each in _standings(file)[0]]
+    exact = [each for each in known if name == each.label]
+    matching = exact or [each for each in known if name in (each.name, each.host)]
+    if len(matching) > 1:
+        raise ValueError(f"{name!r} could be {', '.join(each.label for each in matching)}; say which")
+    if matching:
+        return matching[0]
+    if slash:
+        return NodeId(host, rest)
+    have = ", ".join(each.label for each in known) or "none"
+    raise ValueError(f"{file.path} knows no node {name!r}; it has: {have} (a new one is named host/name)")
+
+
+def _standings(file: HistoryFile, burn_in_hours: float | None = None) -> tuple[list[Standing], int]:
+    from cluster.lemons import standings
+    from configs.schema import ClusterConfig
+
+    hours = ClusterConfig().burn_in_hours if burn_in_hours is None else burn_in_hours
+    history = file.read()
+    return standings(history.entries, time.time(), hours), history.skipped
+
+
+def _numbers(standing: Standing) -> tuple[str, str, str, str]:
+    rate = f"{1000 * standing.failures_per_day:.1f}"
+    return f"{standing.failures:.1f}", str(standing.evictions), f"{standing.node_days:.1f}", rate
+
+
+def _print(console: Console, table: Table, file: HistoryFile, skipped: int) -> None:
+    # Wrapped, not cut: a log file has no width.
+    console.print(table, soft_wrap=False, width=None if console.is_terminal else 160)
+    if skipped:
+        console.print(f"{file.path}: {skipped} lines could not be read and are skipped", highlight=False)
