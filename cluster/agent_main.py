@@ -15,6 +15,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.gpu_devices import split_visible
+from cluster.gpus import GpuWatch, Place
 from cluster.keys import read_keys
 from cluster.node import Node
 from cluster.rundir import RunDir, safe_name
@@ -87,16 +89,35 @@ def main() -> int:
         config.health.heartbeat_timeout_s,
     )
     node.state.wake = link.wake
+    gpus = _gpu_watch(node)
     stop = threading.Event()
     try:
         link.start()
+        gpus.start()
         threading.Thread(target=_watch, args=(node, link, stop), name="watch", daemon=True).start()
         run_node(node)
     finally:
         stop.set()
         link.stop()
+        gpus.stop()
         node.close()
     return 0
+
+
+def _gpu_watch(node: Node) -> GpuWatch:
+    names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    visible = split_visible(next((os.environ[name] for name in names if name in os.environ), None))
+
+    def place() -> Place:
+        plan = node.plan
+        if plan is None:
+            return Place()
+        beats = [node.slots.read(local_rank) for local_rank in node.local_ranks]
+        steps = [beat.step for beat in beats if beat is not None and beat.generation == plan.generation]
+        return Place(node.first_rank(), max(steps, default=-1), plan.generation)
+
+    health = node.config.health
+    return GpuWatch(node.node, health, len(node.local_ranks), visible, place, node.state.accuse)
 
 
 def _warm_up(semaphore_prefix: str) -> None:
