@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cluster.events import ActionTaken, WorkersReported
 from configs.load import load_job
-from tests.chaos import faults
 from tests.chaos.conftest import MakeJob
 from tests.chaos.jobs import Job
 from tests.chaos.spoil import spoiled_copy
