@@ -55,6 +55,7 @@ def run_node(node: Node) -> None:
         )
         node.state.beats = lambda e=elastic: node.beats(e.worker_pids())  # type: ignore[misc]
         node.state.on_save = lambda e=elastic: e.signal_workers(signal.SIGUSR1)  # type: ignore[misc]
+        node.worker_pids = elastic.worker_pids
         result = elastic.run()
         if result is None or result.is_failed():
             return

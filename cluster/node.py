@@ -7,18 +7,20 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from cluster.agent import AgentState
-from cluster.messages import HeldInfo, Plan, RankBeat, RankTimes, WorkerExit
+from cluster.collecting import Collector, Worker
+from cluster.messages import HeldInfo, Order, Plan, RankBeat, RankTimes, WorkerExit
 from cluster.oom import OomWatch
 from cluster.planning import ranks_of
 from cluster.rundir import RunDir
 from cluster.tiers import NodeTiers
 from configs.schema import JobConfig
+from configs.timeouts import derive
 from trainer.events import Fact, HeartbeatFile, WorkerError, WorkerStart
 from trainer.paths import error_path, facts_path, heartbeat_path, rank_log, segments_dir, times_path
 from trainer.timings import NewSteps, TimesFile
@@ -40,6 +42,8 @@ class Node:
         self.slots = HeartbeatFile(heartbeat_path(self.ram_dir), len(self.local_ranks))
         self.step_times = TimesFile(times_path(self.ram_dir), len(self.local_ranks))
         self.new_steps = NewSteps(self.step_times)
+        self.worker_pids: Callable[[], dict[int, int]] = dict
+        self.collector = Collector(self.ram_dir, self.workers, self.state.show, derive(config).evidence_s)
         self.facts_read = [0] * len(self.local_ranks)
         self._facts_lock = threading.Lock()
         self.oom = OomWatch()
@@ -54,7 +58,7 @@ class Node:
         self.step_times.open()
         self.state.times = self.times
         self.tiers = NodeTiers(self.run_dir, self.config, self.node, self.ram_dir, self.state)
-        self.state.on_order = self.tiers.obey
+        self.state.on_order = self._obey
         self.tiers.open()
 
     def close(self) -> None:
@@ -97,6 +101,15 @@ class Node:
             node_dir=str(self.tiers.node_dir or ""),
         )
         return msgspec.json.encode(start).decode()
+
+    def workers(self) -> Sequence[Worker]:
+        """The workers that run now."""
+        first = self.first_rank() if self.plan is not None else 0
+        return [Worker(local_rank, first + local_rank, pid) for local_rank, pid in self.worker_pids().items()]
+
+    def _obey(self, order: Order) -> None:
+        self.tiers.obey(order)
+        self.collector.obey(order)
 
     def first_rank(self) -> int:
         """Global rank of local rank 0."""

@@ -11,6 +11,7 @@ from configs.check_layout import check_layout
 from configs.errors import Problem, alternatives
 from configs.models import FAMILIES
 from configs.schema import JobConfig
+from configs.timeouts import check_timeouts
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _NAME_CHARS = 100
@@ -29,7 +30,7 @@ def check_job(config: JobConfig) -> list[Problem]:
         problems.append(Problem("model.flavor", config.model.flavor, what))
     problems += check_layout(config, facts)
     problems += _check_validation(config) + _check_optimizer(config)
-    return problems + _check_checkpoint(config) + _check_health(config)
+    return problems + _check_checkpoint(config) + check_timeouts(config)
 
 
 def check_files(config: JobConfig) -> list[Problem]:
@@ -149,15 +150,6 @@ def _check_checkpoint(config: JobConfig) -> list[Problem]:
         problems.append(
             _kept_but_never_written("checkpoint", checkpoint.keep_every_steps, "persist_interval_steps", persist)
         )
-    if checkpoint.peer_copies and checkpoint.peer_wait_s >= config.health.hang_floor_s:
-        problems.append(
-            Problem(
-                "checkpoint.peer_wait_s",
-                checkpoint.peer_wait_s,
-                f"must be less than health.hang_floor_s = {config.health.hang_floor_s:g}, or a step that waits for "
-                f"copies is taken for a hang; set {config.health.hang_floor_s / 2:g}",
-            )
-        )
     return problems + _check_s3(config)
 
 
@@ -190,30 +182,6 @@ def _kept_but_never_written(section: str, keep: int, interval_name: str, interva
         f"only every {interval} steps is a snapshot written ({section}.{interval_name}); "
         f"set {_round_up(keep, interval)}, or 0 to keep none for ever",
     )
-
-
-def _check_health(config: JobConfig) -> list[Problem]:
-    health = config.health
-    problems = []
-    if health.heartbeat_timeout_s <= 2 * health.heartbeat_interval_s:
-        problems.append(
-            Problem(
-                "health.heartbeat_timeout_s",
-                health.heartbeat_timeout_s,
-                f"must be more than two intervals (health.heartbeat_interval_s = {health.heartbeat_interval_s:g}), or "
-                f"one late heartbeat loses a node; set {5 * health.heartbeat_interval_s:g}",
-            )
-        )
-    if health.hang_floor_s <= health.heartbeat_timeout_s:
-        problems.append(
-            Problem(
-                "health.hang_floor_s",
-                health.hang_floor_s,
-                f"must be more than health.heartbeat_timeout_s = {health.heartbeat_timeout_s:g}, or a lost node is "
-                f"taken for a hang; set {2 * health.heartbeat_timeout_s:g}",
-            )
-        )
-    return problems
 
 
 def _round_up(value: int, step: int) -> int:

@@ -189,9 +189,11 @@ class S3Config(Section, frozen=True, kw_only=True):
 class HealthConfig(Section, frozen=True, kw_only=True):
     """`[health]`: how failures are noticed.
 
-    A node is lost after heartbeat_timeout_s without a heartbeat. A job hangs when no rank makes progress for
-    hang_factor times the slowest recent step, never less than hang_floor_s; startup_timeout_s bounds the time to
-    the first step. max_restarts is the budget of automatic restarts for the run.
+    A node is lost after heartbeat_timeout_s without a heartbeat. When no rank makes progress for hang_factor times the
+    slowest recent step, never less than hang_floor_s, evidence is collected for up to evidence_timeout_s, and says
+    whether it is a hang; ranks that may be at work get hang_patience times as long. startup_timeout_s bounds the time
+    to the first step. flight_record_entries: how many collectives each rank remembers (0: torch's own choice).
+    max_restarts is the budget of automatic restarts for the run.
 
     probe_steps: each rank times the parts of its steps and its waiting for others. A rank is slow when that is
     straggler_pct more than its peers take and than it took itself, in straggler_steps steps at least; after
@@ -207,10 +209,13 @@ class HealthConfig(Section, frozen=True, kw_only=True):
     it is installed, is asked every dcgm_interval_s (0: never).
     """
 
-    heartbeat_interval_s: PositiveFloat = 1.0
+    heartbeat_interval_s: PositiveFloat = 0.5
     heartbeat_timeout_s: PositiveFloat = 5.0
-    hang_factor: PositiveFloat = 10.0
-    hang_floor_s: PositiveFloat = 10.0
+    hang_factor: PositiveFloat = 2.0
+    hang_floor_s: PositiveFloat = 3.0
+    hang_patience: Annotated[float, msgspec.Meta(ge=1)] = 5.0
+    evidence_timeout_s: PositiveFloat = 1.0
+    flight_record_entries: NonNegative = 2000
     startup_timeout_s: PositiveFloat = 600.0
     max_restarts: NonNegative = 100
     probe_steps: bool = True

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from configs.schema import HealthConfig
+from configs.timeouts import SILENT_INTERVALS, last_hang_bound_s
 from health.verdict import Cause, Severity, Verdict
 from trainer.events import Beat, Phase
 
@@ -81,6 +83,23 @@ class Attention:
             self.since_s = now_s
         self._last_s = now_s
         return self.since_s
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Ranks that stand still: what the beats alone say of it, since when, for how long, and where each rank is.
+
+    bound_s: when evidence counts; last_s: when it is called a hang whatever the evidence says. fact: how long no rank
+    advanced, without a word on who is suspected.
+    """
+
+    verdict: Verdict
+    fact: str
+    since_s: float
+    still_s: float
+    bound_s: float
+    last_s: float
+    phases: Mapping[int, Phase | None]
 
 
 class _Rank:
@@ -162,15 +181,21 @@ class Progress:
         return hang_bound_s(self._recent(), self._config)
 
     def judge(self, now_s: float) -> Verdict | None:
-        """A verdict if no rank has advanced for the bound and one heartbeat (what an advance needs to get here).
+        """What the beats alone say of ranks that stand still, see `standing`."""
+        standing = self.standing(now_s)
+        return None if standing is None else standing.verdict
 
-        None as long as a node is silent: that is a lost node's matter. A rank that is stopped or dead by its /proc
-        state needs no more proof than hang_floor_s without progress, even during start-up. Ranks that all have
-        finished may take startup_timeout_s to leave.
+    def standing(self, now_s: float) -> Standing | None:
+        """Whether no rank has advanced for the bound and one heartbeat (what an advance needs to get here).
+
+        None as long as a node is silent, if only for SILENT_INTERVALS: that may become a lost node's matter. A rank
+        that is stopped or dead by its /proc state needs no more proof than hang_floor_s without progress, even during
+        start-up. Ranks that all have finished may take startup_timeout_s to leave.
         """
         config = self._config
         since_s = self._attention.tick(now_s)
-        if any(now_s - heard_s > config.heartbeat_timeout_s for heard_s in self._heard_s.values()):
+        hushed_s = min(config.heartbeat_timeout_s, SILENT_INTERVALS * config.heartbeat_interval_s)
+        if any(now_s - heard_s > hushed_s for heard_s in self._heard_s.values()):
             return None
         still_s = now_s - max(self.last_advance_s, since_s)
         bound_s, derived = self._derive_bound(now_s)
@@ -182,15 +207,25 @@ class Progress:
         stopped = any(self._ranks[rank].stopped_since_s is not None for rank in suspects)
         cause = Cause.HANG if started or stopped else Cause.STARTUP_TIMEOUT
         where = f"rank {suspects[0]} on {self._ranks[suspects[0]].node}: {why}" if len(nodes) == 1 else why
-        headline = f"no rank advanced for {still_s:.1f} s (limit {bound_s:.1f} s: {derived}); {where}"
-        return Verdict(
+        fact = f"no rank advanced for {still_s:.1f} s (limit {bound_s:.1f} s: {derived})"
+        verdict = Verdict(
             node=nodes.pop() if len(nodes) == 1 else "",
             rank=suspects[0] if suspects and len({self._ranks[rank].node for rank in suspects}) == 1 else -1,
             cause=cause,
             severity=Severity.WORKERS,
             step=self.newest_step,
             fingerprint=cause.value,
-            evidence=(headline, *self.table(now_s)),
+            evidence=(f"{fact}; {where}", *self.table(now_s)),
+        )
+        phases = {number: rank.beat.phase if rank.beat else None for number, rank in self._ranks.items()}
+        return Standing(
+            verdict=verdict,
+            fact=fact,
+            since_s=self.last_advance_s,
+            still_s=still_s,
+            bound_s=bound_s,
+            last_s=last_hang_bound_s(config, bound_s),
+            phases=phases,
         )
 
     def table(self, now_s: float) -> list[str]:

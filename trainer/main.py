@@ -19,9 +19,11 @@ from pathlib import Path
 import msgspec
 
 from configs.load import load_job
+from configs.timeouts import derive
 from trainer.events import Fact, FactKind, Heart, HeartbeatFile, Oddity, Phase, WorkerError, WorkerStart, append_line
 from trainer.exits import ExitCode
 from trainer.paths import config_path, error_path, facts_path, heartbeat_path, rank_log
+from trainer.witness import Witness, log_peers
 
 PRELOAD = ("parallelism.preload", "trainer.preload")
 
@@ -99,22 +101,27 @@ def _run(context: RankContext, started_s: float) -> None:
 
     config = load_job(config_path(context.run_dir))
     store = dist.PrefixStore(
+    timeouts = derive(config)
+    witness = Witness(context.ram_dir, context.local_rank, context.rank)
+    witness.open(config.health.flight_record_entries, os.environ)
         "workers",
         dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
-            timeout=timedelta(seconds=config.health.startup_timeout_s),
+            timeout=timedelta(seconds=timeouts.store_s),
         ),
     )
     on_gpu = torch.cuda.is_available()
     dist.init_process_group(
+    if not on_gpu:
+        log_peers(witness, config.health.flight_record_entries)
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=store,
         rank=context.rank,
         world_size=context.world_size,
         # Hangs are noticed from outside, long before this.
-        timeout=timedelta(seconds=config.health.startup_timeout_s),
+        timeout=timedelta(seconds=timeouts.collective_s),
     )
     with contextlib.ExitStack() as stack:
         train(build_rank(context, config, stack, started_s))
