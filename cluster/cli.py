@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 import traceback
@@ -25,6 +26,7 @@ from trainer.exits import ExitCode
 if TYPE_CHECKING:
     from cluster.console import ConsoleWatcher
     from cluster.rundir import RunDir
+    from cluster.supervisor import Watcher
     from configs.schema import JobConfig
 
 
@@ -163,7 +165,7 @@ def _run(command: Run, overrides: Sequence[str]) -> int:
         raise ConfigError(problems)
     run_dir = RunDir.of(config)
     console = SteadyConsole(soft_wrap=True)
-    with _watching(config, run_dir, console) as watcher:
+    with _watching(config, run_dir, console) as (shown, watcher):
         try:
             code = run_job(config, watcher, _newest_verified_snapshot)
         except (ValueError, OSError):
@@ -175,7 +177,7 @@ def _run(command: Run, overrides: Sequence[str]) -> int:
                 f"the supervisor failed ({type(error).__name__}: {error}; {log} has it all); training goes on without "
                 "it, and the same command takes over"
             ) from error
-    if code == ExitCode.DONE and not watcher.saw_events:
+    if code == ExitCode.DONE and not shown.saw_events:
         console.print(
             f"run {config.run.name} is already at step {config.training.steps}; raise training.steps to go on, or "
             "choose another run.name"
@@ -185,16 +187,22 @@ def _run(command: Run, overrides: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _watching(config: JobConfig, run_dir: RunDir, console: Console) -> Iterator[ConsoleWatcher]:
+def _watching(config: JobConfig, run_dir: RunDir, console: Console) -> Iterator[tuple[ConsoleWatcher, Watcher]]:
+    """What a person sees here, and all who are told of events."""
+    from cluster.alerts import open_alerts
     from cluster.console import ConsoleWatcher
     from cluster.telemetry import WandbSink
+    from cluster.watchers import Watchers
 
+    alerts = open_alerts(config, os.environ)
     sink = WandbSink(config, run_dir) if config.telemetry.wandb != "off" else None
-    watcher = ConsoleWatcher(console, run_dir, sink)
+    shown = ConsoleWatcher(console, run_dir, sink)
     try:
-        yield watcher
+        yield shown, Watchers(shown, alerts) if alerts else shown
     finally:
-        watcher.close()
+        shown.close()
+        if alerts:
+            alerts.close()
 
 
 def _newest_verified_snapshot(run_dir: Path) -> int:

@@ -27,6 +27,7 @@ _ALLOWED = {
     "health": "how failures are noticed does not change the training",
     "numbers": "later steps are judged by it; what was skipped or left out stays so",
     "telemetry": "what is logged does not change the training",
+    "alerts": "who is told does not change the training",
     "run.dir": "the run may have been moved",
     "training.steps": "the run ends at another step; a decaying learning rate follows the new total from here on",
     "training.microbatch_size": "the global batch stays; sums are taken in another order, within tolerance",

@@ -142,6 +142,10 @@ def expected(declared: Any) -> str:
         return "one of " + ", ".join(get_args(declared))
     if get_origin(declared) is tuple:
         item = get_args(declared)[0]
+        if item is str:
+            return "a list of texts in quotes"
+        if get_origin(item) is Literal:
+            return "a list of some of " + ", ".join(get_args(item))
         return f"a list of tables with {', '.join(field.name for field in msgspec.structs.fields(item))}"
     if _is_struct(declared):
         return f"a table with {', '.join(field.name for field in msgspec.structs.fields(declared))}"

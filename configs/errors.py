@@ -27,7 +27,8 @@ class Problem(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         if not self.key:
             return f"{self.source}: {self.message}"
-        shown = "" if self.value is None else _shorten(toml_value(self.value))
+        hidden = self.value is None or _is_secret(self.key, self.value)
+        shown = "" if hidden else _shorten(toml_value(self.value))
         if self.source == COMMAND_LINE:
             return f"{self.source}: --{self.key}{' ' + shown if shown else ''}: {self.message}"
         where = f"{self.source}: " if self.source else ""
@@ -55,6 +56,11 @@ def alternatives(name: str, candidates: Sequence[str], there_are: str = "it can 
     near = did_you_mean(name, candidates)
     hint = f"; did you mean {toml_value(near)}?" if near else "; choose one of them"
     return f" ({there_are} {', '.join(candidates)}){hint}"
+
+
+def _is_secret(key: str, value: object) -> bool:
+    """Whether a value may be a webhook's URL, put where it does not belong: whoever has it can write to the channel."""
+    return ("alert" in key.lower() or "webhook" in key.lower()) and "://" in str(value)
 
 
 def _shorten(text: str) -> str:

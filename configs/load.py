@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _HERE = Path(__file__).parent
+_WEBHOOK = re.compile(r"https?://\S+")
 
 
 def load_job(path: Path | str, overrides: Sequence[str] = ()) -> JobConfig:
@@ -95,7 +96,7 @@ def _syntax_problem(text: str, source: str, error: tomllib.TOMLDecodeError) -> P
     position = re.search(r"\(at line (\d+), column (\d+)\)$", str(error))
     lines = text.splitlines() or [""]
     line = int(position[1]) if position else len(lines)
-    shown = lines[min(line, len(lines)) - 1].strip()
+    shown = _WEBHOOK.sub("https://...", lines[min(line, len(lines)) - 1].strip())
     where = f"line {line}, column {position[2]}" if position else f"line {line} (end of the file)"
     fix = 'text needs quotes ("..."), tables a [header], each key one line'
     return Problem("", None, f"{where}: this is not TOML: {reason}: {shown!r}; {fix}", source)

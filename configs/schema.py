@@ -290,6 +290,26 @@ class TelemetryConfig(Section, frozen=True, kw_only=True):
     wandb_project: str = "everstep"
 
 
+class AlertsConfig(Section, frozen=True, kw_only=True):
+    """`[alerts]`: who is told when something happens; nobody by default. docs/alerts.md has examples.
+
+    A webhook's URL is a secret and stands nowhere but in the file webhook_file, which only its owner may read, or in
+    the environment variable webhook_env. command is a program and its arguments, run without a shell, with the alert
+    as JSON on its standard input. Verdicts below min_severity are not told. No more than max_per_hour alerts go out in
+    any hour; the rest is summed up in a later one. timeout_s bounds each attempt and each run of the command; an
+    attempt at the webhook is repeated up to `retries` times.
+    """
+
+    webhook_file: str = ""
+    webhook_env: str = ""
+    command: tuple[str, ...] = ()
+    min_severity: Literal["notice", "workers", "node", "job"] = "workers"
+    events: tuple[Literal["verdict", "eviction", "snapshot", "begin", "end"], ...] = ("verdict", "eviction", "end")
+    max_per_hour: Positive = 12
+    timeout_s: PositiveFloat = 10.0
+    retries: NonNegative = 3
+
+
 class JobConfig(Section, frozen=True, kw_only=True):
     """A whole job, resolved."""
 
@@ -307,6 +327,7 @@ class JobConfig(Section, frozen=True, kw_only=True):
     numbers: NumbersConfig = NumbersConfig()
     cluster: ClusterConfig = ClusterConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    alerts: AlertsConfig = AlertsConfig()
 
     @property
     def world_size(self) -> int:

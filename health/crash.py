@@ -108,7 +108,7 @@ def judge_exit(
     failure: severity `notice`. A verdict about the node is never a hint.
     """
     if exit_code is not None and exit_code < 0:
-        exit_code, signal_number = None, -exit_code
+        signal_number, exit_code = -exit_code, None
     end = _End(
         node, rank, exit_code, signal_number, error, tuple(log_tail), oom_kill, oom_scope, ram_free_bytes, step
     )  # fmt: skip

@@ -22,7 +22,7 @@ MAY_CHANGE = {"run.dir", "data.prefetch_steps"} | {
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_has_a_rule_with_a_reason(key: str) -> None:
     allowed, why = resume_rule(key)
-    how = ("parallelism", "cluster", "checkpoint", "health", "numbers", "telemetry", "s3", "validation")
+    how = ("parallelism", "cluster", "checkpoint", "health", "numbers", "telemetry", "s3", "validation", "alerts")
     layout = key.partition(".")[0] in how
     assert allowed == (layout or key in MAY_CHANGE)
     assert allowed or "another run.name" in why
