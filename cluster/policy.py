@@ -87,13 +87,11 @@ class _Case:
             self.because.append("against a node: nothing")
             return self._keep(lead, running, "")
         self.because.append(f"against {weight.node}: {_words(weight)}")
-        lead = lead if lead.node == weight.node else _of_node(weight.node, verdicts, lead)
-        if weight.gone:
-            return self._replace_gone(lead, weight)
-        if weight.certainty is Certainty.HINT:
+        if weight.certainty is Certainty.HINT and not weight.gone:
             self._pass_over(f"evicting {weight.node}, as two independent hints or stronger evidence are needed")
-            return self._keep(lead, running, "one piece of evidence evicts nobody")
-        return self._judge(lead, weight, running)
+            return self._keep(lead, running, "one piece of evidence evicts nobody" if running else "")
+        lead = lead if lead.node == weight.node else _of_node(weight.node, verdicts, lead)
+        return self._replace_gone(lead, weight) if weight.gone else self._judge(lead, weight, running)
 
     def _replace_gone(self, lead: Verdict, weight: Weight) -> Action:
         """No judgement that could be wrong, so no price and no limit an hour: spares and restarts are the bounds."""

@@ -5,7 +5,7 @@ All nodes stand still together, so the job's seconds are the unit and the number
     p   how likely the node is really bad
     R   what a restart costs, from a decision to the first step after it (this run's median; before any,
         health.restart_cost_s)
-    D   how long a failure goes unnoticed at worst (health.hang_floor_s)
+    D   how long a failure goes without being understood at worst: the bound of a hang, and health.evidence_timeout_s
     u   1 if the workers still run, 0 if they must be started again anyway
     S   what one spare less costs: the chance that just this spare will be missing, times cluster.requeue_s
     x   the part by which a step is longer, T the time the run has left at its present pace
@@ -19,7 +19,8 @@ difference is P(K = s) = m^s e^-m / s!.
 
 Sources: 6.5 failures per 1,000 node-days is RSC-1's rate (Meta, "Revisiting Reliability in Large-Scale Machine Learning
 Research Clusters"); an eviction is what mends 32.5% of failures (ByteDance, over 200,000 GPUs); the best published
-detector of faulty machines is right in 0.904 of its alarms (Minder), which is what `likely` is taken to mean.
+detector of faulty machines is right in 0.904 of its alarms (Minder), which is what `likely` is taken to mean; the
+fastest published restart takes about 20 s on 1,024 GPUs (TrainMover), the default of health.restart_cost_s.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ def price(weight: Weight, running: bool, step: int, state: JobState, config: Job
         keep_s = bad * left * weight.slowdown / (1.0 + weight.slowdown)
         cause = f"{duration(left)} left at {weight.slowdown:.0%} longer steps"
     else:
-        keep_s = bad * (restart_s + config.health.hang_floor_s + spare_s)
-        cause = f"a failure that is noticed within {duration(config.health.hang_floor_s)}"
+        unknown_s = _unknown_s(state, config)
+        keep_s = bad * (restart_s + unknown_s + spare_s)
+        cause = f"a failure that is understood within {duration(unknown_s)}"
     words = (
         f"evicting costs {duration(evict_s)} of the job, keeping {duration(keep_s)}: bad with probability {bad:.2f}, "
         f"{cause}, a restart takes {duration(restart_s)} ({source}), one spare less {duration(spare_s)}"
@@ -97,6 +99,12 @@ def time_left_s(step: int, state: JobState) -> float | None:
     if state.step_s is None or not state.target_steps:
         return None
     return max(0, state.target_steps - max(step, state.newest_step)) * state.step_s
+
+
+def _unknown_s(state: JobState, config: JobConfig) -> float:
+    """How long it may take until a failure is noticed and its evidence collected."""
+    health = config.health
+    return max(health.hang_floor_s, health.hang_factor * (state.step_s or 0.0)) + health.evidence_timeout_s
 
 
 def _bad(weight: Weight, state: JobState, horizon_s: float) -> float:

@@ -199,6 +199,10 @@ class HealthConfig(Section, frozen=True, kw_only=True):
     straggler_pct more than its peers take and than it took itself, in straggler_steps steps at least; after
     straggler_persist_steps steps of it the node may be replaced.
 
+    At most max_evictions_per_hour nodes are evicted on evidence (0: none); nodes that are lost do not count. Evidence
+    older than evidence_window_hours is no longer held against a node. restart_cost_s: what a restart is taken to cost
+    until this run has had one.
+
     preflight: each node examines itself before it joins, and one that fails does not join. A device that is slower
     than its peers' median by preflight_slow_pct fails too (0: never). Nodes without ranks repeat the known-answer
     tests every selftest_interval_minutes (0: never). Every node_probe_interval_s (0: never) a node looks at its disks,
@@ -224,7 +228,7 @@ class HealthConfig(Section, frozen=True, kw_only=True):
     straggler_persist_steps: Positive = 50
     max_evictions_per_hour: NonNegative = 8
     evidence_window_hours: PositiveFloat = 24.0
-    restart_cost_s: PositiveFloat = 60.0
+    restart_cost_s: PositiveFloat = 20.0
     preflight: bool = True
     preflight_slow_pct: Annotated[float, msgspec.Meta(ge=0, lt=100)] = 20.0
     selftest_interval_minutes: NonNegativeFloat = 10.0
@@ -234,6 +238,23 @@ class HealthConfig(Section, frozen=True, kw_only=True):
     gpu_timeout_s: PositiveFloat = 10.0
     gpu_throttle_samples: Positive = 12
     dcgm_interval_s: NonNegativeFloat = 60.0
+
+
+class IntegrityConfig(Section, frozen=True, kw_only=True):
+    """`[integrity]`: how numbers that a device computed or kept wrong are found.
+
+    Every interval_steps-th step (0: none) the sums of weights and optimizer state right before the update must be those
+    right after the update before, those of gradients must not change before the update, and replicas must be equal.
+
+    replay_suspects: a step whose numbers are odd is computed again, on other devices too, before anything is blamed.
+    Every replay_interval_steps-th step (0: none) is, whatever its numbers. record_every_step: keep the sums of each
+    rank's gradients in all steps, so that the replay of a suspect one can say which rank was wrong the first time.
+    """
+
+    interval_steps: NonNegative = 10
+    replay_suspects: bool = True
+    replay_interval_steps: NonNegative = 2000
+    record_every_step: bool = False
 
 
 class NumbersConfig(Section, frozen=True, kw_only=True):
@@ -325,6 +346,7 @@ class JobConfig(Section, frozen=True, kw_only=True):
     s3: S3Config = S3Config()
     health: HealthConfig = HealthConfig()
     numbers: NumbersConfig = NumbersConfig()
+    integrity: IntegrityConfig = IntegrityConfig()
     cluster: ClusterConfig = ClusterConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     alerts: AlertsConfig = AlertsConfig()
