@@ -140,14 +140,12 @@ class Nvml:
         device = self._by_address(data.device)
         if device is None or data.eventType != pynvml.nvmlEventTypeXidCriticalError:
             return None
-        fields = self._fields(device)
-        return XidEvent(
-            t_s=time.monotonic(),
-            index=device.index,
-            uuid=device.uuid,
-            xid=data.eventData,
-            recovery=fields.get(_RECOVERY),
-        )
+        now_s = time.monotonic()
+        try:
+            recovery = self._fields(device).get(_RECOVERY)
+        except pynvml.NVMLError:
+            recovery = None  # the XID must be told, whatever the driver still knows of the GPU
+        return XidEvent(t_s=now_s, index=device.index, uuid=device.uuid, xid=data.eventData, recovery=recovery)
 
     def _by_address(self, handle: Any) -> Handle | None:
         """The GPU of an event's handle. Asking the driver for its number fails just when the GPU is lost."""

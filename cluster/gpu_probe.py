@@ -98,19 +98,23 @@ def _tell_events(nvml: Nvml, handles: list[Handle], until_s: float) -> None:
 
 def _watch(nvml: Nvml, start: ProbeStart, parent: int) -> None:
     """Say which call does not return, and end with the agent; in a thread, because the other one may never return."""
-    pause = threading.Event()
-    while not pause.wait(start.timeout_s / 8):
+    pause, every_s = threading.Event(), start.timeout_s / 8
+    awake_since_s = last_s = time.monotonic()
+    while not pause.wait(every_s):
+        now_s = time.monotonic()
         if os.getppid() != parent:
             os._exit(0)
+        if now_s - last_s > 2 * every_s:  # this process was stopped or starved: that is no call's fault
+            awake_since_s = now_s
+        last_s = now_s
         call = nvml.call
-        if call is None:
+        for_s = 0.0 if call is None else now_s - max(awake_since_s, call.since_s + call.may_take_s)
+        if call is None or for_s <= start.timeout_s:
             continue
-        for_s = time.monotonic() - call.since_s - call.may_take_s
-        if for_s > start.timeout_s:
-            try:
-                say(Waiting(call.name, call.index, for_s))
-            except BrokenPipeError:
-                os._exit(0)
+        try:
+            say(Waiting(call.name, call.index, for_s))
+        except BrokenPipeError:
+            os._exit(0)
 
 
 if __name__ == "__main__":

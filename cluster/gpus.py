@@ -72,6 +72,8 @@ class GpuWatch:
         self._thread = threading.Thread(target=self._run, name="gpus", daemon=True)
         self._dcgm = DcgmWatch(node, health.dcgm_interval_s, health.gpu_timeout_s, self.carrier, accuse)
         self._local_ranks: dict[int, int] = {}
+        self._numbers: dict[str, int] = {}
+        self._first_numbers: dict[int, int] = {}
         self._described: set[int] = set()
 
     def start(self) -> None:
@@ -154,24 +156,36 @@ class GpuWatch:
                     self._take(sample)
 
     def _take(self, line: Hello | GpuSample | XidEvent) -> None:
-        match line:
-            case Hello():
-                self._greet(line)
-            case GpuSample():
-                self._tell(self._judge.sample(line, self.carrier(line.index)))
-                self._describe(line)
-            case XidEvent():
-                logger.warning("XID %d on gpu%d", line.xid, line.index)
-                self._tell(self._judge.xid(line, self.carrier(line.index)))
+        if isinstance(line, Hello):
+            self._greet(line)
+            return
+        index = self._numbers.get(line.uuid, line.index)
+        if index not in self._local_ranks:
+            return
+        line = msgspec.structs.replace(line, index=index)
+        if isinstance(line, GpuSample):
+            self._tell(self._judge.sample(line, self.carrier(index)))
+            self._describe(line)
+        else:
+            logger.warning("XID %d on gpu%d", line.xid, index)
+            self._tell(self._judge.xid(line, self.carrier(index)))
 
     def _greet(self, hello: Hello) -> None:
+        """A probe has found the GPUs. A lost one may be missing in the driver's later lists, and shift the numbers of
+        the others: a GPU keeps the number, and the rank, that it had in the first one."""
         names = ", ".join(f"gpu{each.index} ({each.name or 'no name'})" for each in hello.devices)
         events = "" if hello.events else "; it tells no XIDs"
         logger.info("GPUs are watched: %s; driver %s%s", names, hello.driver, events)
-        now = {each.index: each.local_rank for each in hello.devices}
-        for index in sorted(set(self._local_ranks) - set(now)):
+        if not self._local_ranks:
+            self._local_ranks = {each.index: each.local_rank for each in hello.devices}
+            self._numbers = {each.uuid: each.index for each in hello.devices if each.uuid}
+            return
+        self._first_numbers = {each.index: self._numbers.get(each.uuid, each.index) for each in hello.devices}
+        now = {each.uuid for each in hello.devices}
+        if "" in now:  # a lost GPU that is listed is told by its reading
+            return
+        for index in sorted(index for uuid, index in self._numbers.items() if uuid not in now):
             self._tell(self._judge.missing(index, self.carrier(index)))
-        self._local_ranks = {**self._local_ranks, **now}
 
     def _describe(self, sample: GpuSample) -> None:
         """The first reading of each GPU goes to the log."""
@@ -181,9 +195,8 @@ class GpuWatch:
 
     def _hangs(self, probe: ProbeProcess, waiting: Waiting) -> None:
         survives = not probe.kill()
-        where = self.carrier(waiting.index)
-        now_s = time.monotonic()
-        self._tell(self._judge.stuck(now_s, waiting.index, waiting.call, waiting.for_s, survives, where))
+        index, now_s = self._first_numbers.get(waiting.index, waiting.index), time.monotonic()
+        self._tell(self._judge.stuck(now_s, index, waiting.call, waiting.for_s, survives, self.carrier(index)))
 
     def carrier(self, index: int) -> Carrier:
         """Whom this GPU serves now."""

@@ -3,7 +3,7 @@
  * EVERSTEP_TEST_GPUS names a folder. The GPUs of this process are in FOLDER/WHO.state, its events in FOLDER/WHO.events,
  * where WHO is the last argument of the process' command line if such a file exists, else "gpus".
  * state: lines "GPU KEY VALUE", GPU being a number or *; the last line that fits counts. Keys: see the calls below, and
- *   count, driver_down: of all (*); lost, reset_required, unknown_error: every call about the GPU fails so;
+ *   count, driver_down, left_out (a GPU that is no longer listed): of all (*); lost, reset_required, unknown_error: every call about the GPU fails so;
  *   hang: the name of a call that does not return while the line is there.
  * events: lines "GPU XID", appended.
  * Declarations are our own: only what is used, with the names, numbers and layouts of the published interface.
@@ -120,13 +120,14 @@ Return nvmlSystemGetDriverVersion(char *version, unsigned int size) {
 }
 
 Return nvmlDeviceGetCount_v2(unsigned int *count) {
-    *count = (unsigned int)number_of(-1, "count", 8);
+    *count = (unsigned int)number_of(-1, "count", 8) - (number_of(-1, "left_out", MAX_GPUS) < MAX_GPUS);
     return SUCCESS;
 }
 
 Return nvmlDeviceGetHandleByIndex_v2(unsigned int index, Device *device) {
     if (index >= number_of(-1, "count", 8) || index >= MAX_GPUS)
         return INVALID_ARGUMENT;
+    index += index >= number_of(-1, "left_out", MAX_GPUS);
     *device = &gpus[index];
     ENTER(*device);
     return SUCCESS;

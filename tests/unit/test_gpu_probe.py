@@ -143,6 +143,20 @@ def test_a_driver_that_goes_is_noticed(eye: Eye) -> None:
     assert (gone.fingerprint, gone.severity, gone.certainty) == ("gpu driver gone", Severity.NODE, Certainty.LIKELY)
 
 
+def test_a_gpu_that_vanishes_from_the_list_is_the_one_accused(eye: Eye) -> None:
+    """Promise: a driver opened anew may leave a dead GPU out and number the others anew; the right one is accused, and
+    the others keep their ranks."""
+    eye.gpus.set("node1", "*", "left_out", 1)
+    eye.gpus.set("node1", 0, "hang", "nvmlDeviceGetPowerUsage")
+    assert eye.next().fingerprint == "nvml hangs"
+    eye.gpus.set("node1", 0, "hang", "nothing")
+    lost = eye.next()
+    assert (lost.fingerprint, lost.device, lost.rank) == ("gpu lost", "gpu1", 9)
+    eye.gpus.set("node1", 2, "remap_failed", 1)
+    failed = eye.next()
+    assert (failed.fingerprint, failed.device, failed.rank) == ("remap failed", "gpu2", 10)
+
+
 @pytest.mark.parametrize("missing", ["driver", "library", "visible"])
 def test_without_gpus_there_is_a_clear_word_and_no_verdict(
     gpus: FakeGpus, missing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
