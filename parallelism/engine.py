@@ -16,7 +16,7 @@ from parallelism.clock import Clock, Part
 from parallelism.gradients import clip_by_global_norm
 from parallelism.initialise import derive_seed, materialise
 from parallelism.mesh import MeshCoords, World, coords_of, loss_ranks
-from parallelism.optimizer import ShardedAdamW, build_adamw
+from parallelism.optimizer import ShardedAdamW, build_adamw, local_of
 from parallelism.state import build_states
 from parallelism.uncounted import evaluation, forget_trial_runs
 
@@ -160,9 +160,18 @@ class Engine:
             for counter in self.expert_counters:
                 counter.zero_()
 
-    def seed_step(self, step: int) -> None:
-        """Seed torch's generators from (run.seed, step, dp rank), so that there is no generator state to save."""
-        torch.manual_seed(derive_seed(self.config.run.seed, "step", step, self.dp_rank))
+    def seed_step(self, step: int, dp_rank: int | None = None) -> None:
+        """Seed torch's generators from (run.seed, step, dp rank), so that there is no generator state to save.
+
+        dp_rank: whose share of the step will be computed; None: this rank's own.
+        """
+        share = self.dp_rank if dp_rank is None else dp_rank
+        torch.manual_seed(derive_seed(self.config.run.seed, "step", step, share))
+
+    def gradients(self) -> list[Tensor | None]:
+        """The local gradients as the next update will take them, in the order of `optimizer.slots`."""
+        found = [slot.parameter.grad for slot in self.optimizer.slots]
+        return [None if gradient is None else local_of(gradient) for gradient in found]
 
     def state(self) -> dict[str, Stateful]:
         """`model` and `optimizer`: live tensors by layout-independent names."""

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.distributed.fsdp
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from parallelism.titan import expert_token_counters
 
 
 def forget_trial_runs(schedule: Any, parts: list[nn.Module]) -> None:
-    """Have no expert count the tokens of a stage's trial runs.
+    """Have no expert count the tokens of a stage's trial runs, and no recorder note what they send.
 
     Before its first step, and after each evaluation, a pipeline runs its stages once to learn the shapes that they
     exchange, on uninitialised memory where the real activations come from another rank. A step begins with empty
@@ -23,7 +24,7 @@ def forget_trial_runs(schedule: Any, parts: list[nn.Module]) -> None:
 
     def forgetting(prepare: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            result = prepare(*args, **kwargs)
+            result = _unrecorded(prepare)(*args, **kwargs)
             with torch.no_grad():
                 for counter in expert_token_counters(parts):
                     counter.zero_()
@@ -34,6 +35,18 @@ def forget_trial_runs(schedule: Any, parts: list[nn.Module]) -> None:
     for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
         stage._prepare_forward_infra = forgetting(stage._prepare_forward_infra)
         stage._prepare_backward_infra = forgetting(stage._prepare_backward_infra)
+    if hasattr(schedule, "_warmup_p2p"):
+        schedule._warmup_p2p = _unrecorded(schedule._warmup_p2p)
+
+
+def _unrecorded(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """What is sent to get a pipeline going is no part of the step that happens to come first."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return prepare(*args, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,14 @@ from trainer.copies import CopyWait
 from trainer.data import Prefetcher, StepReader
 from trainer.events import FactKind, LineFile, Phase, StepRecord
 from trainer.history import batch_of, union
+from trainer.integrity import Integrity
+from trainer.layerprobe import LayerProbe
 from trainer.ledger import SampleLedger
 from trainer.main import RankContext
 from trainer.numbers import NUMBERS, NumbersWatch, Stretch, WatchState
 from trainer.paths import metrics_path, segments_dir
 from trainer.prepared import read_info
+from trainer.replay import Replay
 from trainer.resume import bucket, canary, complete_metrics, has_snapshot, resume
 from trainer.stepclock import StepClock, start_clock
 from trainer.validation import Measured, Validation, build_validation
@@ -65,6 +69,9 @@ class Rank:
     validation: Validation | None
     clock: StepClock
     watch: NumbersWatch
+    integrity: Integrity
+    replay: Replay
+    layers: LayerProbe
     tells_loss: bool
     stretch: Stretch | None = None
     unpublished: StepRecord | None = None
@@ -112,8 +119,8 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
     context.heart.beat(Phase.LOADING, step=step)
     vocab_size = config.model.vocab_size or FAMILIES[config.model.family][config.model.flavor].vocab_size
     left_out = union(((each.first, each.count) for each in config.data.leave_out), context.start.left_out)
-    reader = StepReader(config, engine.dp_rank, engine.dp_degree, vocab_size, left_out)
-    data = Prefetcher(reader, step + 1, config.training.steps, config.data.prefetch_steps)
+    reader = functools.partial(StepReader, config, dp_degree=engine.dp_degree, vocab_size=vocab_size, left_out=left_out)
+    data = Prefetcher(reader(engine.dp_rank), step + 1, config.training.steps, config.data.prefetch_steps)
     stack.callback(data.close)
     eod_id = _eod_id(config) if engine.needs_masks else None
     first_of_dp = (engine.coords.pp, engine.coords.cp, engine.coords.tp) == (0, 0, 0)
@@ -139,7 +146,10 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         persisted_s=time.monotonic(),
         validation=build_validation(config, engine, context.heart, eod_id, vocab_size),
         clock=start_clock(engine, context, config.health.probe_steps, stack),
+        layers=LayerProbe(context, config, engine),
         tells_loss=context.rank in loss_ranks(config.parallelism),
+        integrity=Integrity(context, engine, config.integrity.interval_steps, step + 1),
+        replay=Replay(context, config, engine, reader, eod_id),
         watch=NumbersWatch(config.numbers, config.training.steps, _watch_state(loaded)),
     )
 

@@ -153,6 +153,7 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True):
     """A single observation, in one line of words, with the step and seconds it is about.
 
     oddity: what is wrong, where it is about numbers. batches: how many are to be left out, from the step's own on.
+    blamed: the rank that is proven to be the cause, -1 if none is.
     """
 
     kind: FactKind
@@ -165,6 +166,7 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
     oddity: Oddity | None = None
     batches: int = 0
+    blamed: int = -1
 
 
 class WorkerError(msgspec.Struct, frozen=True, kw_only=True):

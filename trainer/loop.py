@@ -19,10 +19,10 @@ from parallelism.clock import Part
 from parallelism.schedule import learning_rate
 from trainer.build import Rank
 from trainer.canary import CanaryError, differs
-from trainer.data import document_positions
 from trainer.events import FactKind, Phase, StepRecord
 from trainer.metrics import bf16_peak_tflops, host_memory_gib, utilisation_pct
-from trainer.numbers import NUMBERS
+from trainer.numbers import NUMBERS, Finding
+from trainer.replay import Work
 from trainer.trouble import leave_update_out, wait_to_go_back
 from trainer.validation import Measured
 
@@ -124,11 +124,8 @@ def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
     clock.switch(Part.OTHER)
     if rank.ledger is not None:
         rank.tell_once(rank.ledger.append(step, batch.first, batch.count, batch.digest, batch.passed))
-    heart.beat(Phase.FORWARD_BACKWARD)
-    engine.seed_step(step)
-    positions = None if rank.eod_id is None else torch.from_numpy(document_positions(batch.tokens, rank.eod_id))
-    loss = engine.forward_backward(torch.from_numpy(batch.tokens), positions)
-    grad_norm = engine.clip_grad_norm(rank.config.training.max_grad_norm)
+    work = rank.replay.first(batch)
+    rank.integrity.gradients_done(step)
     # The weights may not change under a copy of them.
     clock.switch(Part.SNAPSHOT)
     stall_s = rank.snapshots.wait()
@@ -138,20 +135,31 @@ def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
         stall_s += rank.copies.wait()
     clock.switch(Part.OTHER)
     heart.beat(Phase.VOTE)
-    vote = take_vote(rank, loss)
+    lr = learning_rate(rank.config.optimizer, rank.config.training.steps, step)
+    doubted = rank.integrity.check(step, work.grad_norm, lr)
+    vote, finding = judge(rank, step, work)
     # Every rank's copies of the step before are whole by now: nothing can take it back any more.
     publish(rank)
+    if why := rank.replay.reason(step, doubted, finding):
+        work = rank.replay.examine(batch, work, why)
+        vote, finding = judge(rank, step, work)
     if step == rank.first_step and rank.canary is not None:
-        check_canary(rank, loss, rank.canary)
+        check_canary(rank, work.loss, rank.canary)
     heart.beat(Phase.OPTIMIZER)
-    lr = learning_rate(rank.config.optimizer, rank.config.training.steps, step)
-    finding = rank.watch.judge(step, vote.loss, float(grad_norm))
     if finding is not None:
         leave_update_out(rank, batch, finding)
     else:
+        rank.layers.look(step)
         engine.optimizer_step(lr)
-        rank.stretch = rank.watch.applied(step, vote.loss, float(grad_norm))
-    return StepStats(loss, float(grad_norm), lr, finding is not None, data_s, stall_s, batch.batch), vote
+        rank.stretch = rank.watch.applied(step, vote.loss, float(work.grad_norm))
+    rank.integrity.remember(step + 1)
+    return StepStats(work.loss, float(work.grad_norm), lr, finding is not None, data_s, stall_s, batch.batch), vote
+
+
+def judge(rank: Rank, step: int, work: Work) -> tuple[Vote, Finding | None]:
+    """What all ranks agree on, and what is wrong with the step's numbers, if anything. Collective."""
+    vote = take_vote(rank, work.loss)
+    return vote, rank.watch.judge(step, vote.loss, float(work.grad_norm))
 
 
 def take_vote(rank: Rank, loss: Tensor) -> Vote:

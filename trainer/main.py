@@ -49,7 +49,7 @@ class RankContext:
 
     def note(
         self, kind: FactKind, detail: str = "", seconds: float = 0.0, step: int | None = None,
-        generation: int | None = None, oddity: Oddity | None = None, batches: int = 0,
+        generation: int | None = None, oddity: Oddity | None = None, batches: int = 0, blamed: int = -1,
     ) -> None:  # fmt: skip
         """Tell the agent a fact; it reaches the journal. step, generation: of what it is about, if not of now."""
         fact = Fact(
@@ -63,6 +63,7 @@ class RankContext:
             seconds=seconds,
             oddity=oddity,
             batches=batches,
+            blamed=blamed,
         )
         append_line(facts_path(self.ram_dir, self.local_rank), fact)
 
@@ -100,10 +101,10 @@ def _run(context: RankContext, started_s: float) -> None:
     from trainer.loop import train
 
     config = load_job(config_path(context.run_dir))
-    store = dist.PrefixStore(
     timeouts = derive(config)
     witness = Witness(context.ram_dir, context.local_rank, context.rank)
     witness.open(config.health.flight_record_entries, os.environ)
+    store = dist.PrefixStore(
         "workers",
         dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -113,9 +114,9 @@ def _run(context: RankContext, started_s: float) -> None:
         ),
     )
     on_gpu = torch.cuda.is_available()
-    dist.init_process_group(
     if not on_gpu:
         log_peers(witness, config.health.flight_record_entries)
+    dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=store,
         rank=context.rank,

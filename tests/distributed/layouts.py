@@ -49,12 +49,13 @@ def with_training(config: JobConfig, **changes: Any) -> JobConfig:
     return msgspec.structs.replace(config, training=msgspec.structs.replace(config.training, **changes))
 
 
-def batch(engine: Engine, step: int) -> Tensor:
-    """This dp rank's [B_local, S + 1] tokens of a step, whatever the layout a part of the same global batch."""
+def batch(engine: Engine, step: int, dp_rank: int | None = None) -> Tensor:
+    """A dp rank's (None: this one's) [B_local, S + 1] tokens of a step, whatever the layout a part of the same batch."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN + 1), generator=generator)
     size = BATCH // engine.dp_degree
-    return tokens[engine.dp_rank * size : (engine.dp_rank + 1) * size]
+    share = engine.dp_rank if dp_rank is None else dp_rank
+    return tokens[share * size : (share + 1) * size]
 
 
 def train(engine: Engine, steps: range, poisoned: int = -1) -> Trace:
