@@ -12,6 +12,7 @@ from cluster.messages import (
     AgentStatus,
     Evidence,
     HeldInfo,
+    Measured,
     NumberedFact,
     NumberedVerdict,
     Order,
@@ -22,6 +23,8 @@ from cluster.messages import (
     Wish,
     WorkerExit,
 )
+from health.clock import ClockFilter
+from health.examination import Machine
 from health.verdict import Verdict
 from trainer.events import Fact
 
@@ -42,6 +45,8 @@ class AgentState:
         self.on_save: Callable[[], None] = _nobody
         self.on_order: Callable[[Order], None] = _nobody_listens
         self.peer_address = ""
+        self.machine: Machine | None = None
+        self.clock = ClockFilter()
         self.domain = ""
         self.generation = 0
         self._notice = ""
@@ -55,6 +60,7 @@ class AgentState:
         self._verdicts: list[NumberedVerdict] = []
         self._sent_up_to: dict[int, int] = {}
         self._evidence: Evidence | None = None
+        self._measured: Measured | None = None
         self._seq = 0
         self._order = Order(ack_seq=0, wish=Wish.RUN, target_generation=0, plan=None)
         self._saving = False
@@ -85,11 +91,16 @@ class AgentState:
                 verdicts=tuple(self._verdicts),
                 times=tuple(self.times()) if self._status is AgentStatus.RUNNING else (),
                 evidence=self._evidence,
+                sent_wall_s=time.time(),
+                machine=None if self._status is AgentStatus.RUNNING else self.machine,
+                measured=self._measured,
             )
 
     def take_order(self, order: Order) -> None:
         """Remember what the supervisor wants; facts that it acknowledged are dropped."""
+        received_wall_s = time.time()
         with self._changed:
+            self.clock.see(order.heard_wall_s, order.sent_wall_s, received_wall_s)
             had = self._sent_up_to.get(order.ack_seq, 0)
             self._sent_up_to = {seq: upto for seq, upto in self._sent_up_to.items() if seq > order.ack_seq}
             self._facts = [numbered for numbered in self._facts if numbered.number > had]
@@ -182,6 +193,17 @@ class AgentState:
         with self._changed:
             self._evidence = evidence
         self.wake()
+
+    def measured(self, measured: Measured) -> None:
+        """Answer a request to measure ways from other nodes."""
+        with self._changed:
+            self._measured = measured
+        self.wake()
+
+    def await_dismissal(self) -> None:
+        """Block until this node shall leave: what it is for a node that failed its examination."""
+        with self._changed:
+            self._changed.wait_for(self._leaving)
 
     def must_go(self, why: str) -> None:
         """This node will be taken away soon: let the supervisor move its ranks before that."""

@@ -19,9 +19,11 @@ from cluster.gpu_devices import split_visible
 from cluster.gpus import GpuWatch, Place
 from cluster.keys import read_keys
 from cluster.node import Node
+from cluster.preflight import Examiner
 from cluster.rundir import RunDir, safe_name
 from cluster.wire import AgentLink
 from configs.load import load_job
+from trainer.exits import ExitCode
 
 _MONITOR_INTERVAL_S = 0.02
 
@@ -53,9 +55,9 @@ def run_node(node: Node) -> None:
             node.told_to_leave,
             _MONITOR_INTERVAL_S,
         )
+        node.worker_pids = elastic.worker_pids
         node.state.beats = lambda e=elastic: node.beats(e.worker_pids())  # type: ignore[misc]
         node.state.on_save = lambda e=elastic: e.signal_workers(signal.SIGUSR1)  # type: ignore[misc]
-        node.worker_pids = elastic.worker_pids
         result = elastic.run()
         if result is None or result.is_failed():
             return
@@ -91,16 +93,22 @@ def main() -> int:
     )
     node.state.wake = link.wake
     gpus = _gpu_watch(node)
+    examiner = Examiner(node)
     stop = threading.Event()
     try:
         link.start()
         gpus.start()
         threading.Thread(target=_watch, args=(node, link, stop), name="watch", daemon=True).start()
+        if not examiner.fit():
+            node.state.await_dismissal()
+            return ExitCode.BAD_NODE
+        examiner.start()
         run_node(node)
     finally:
         stop.set()
         link.stop()
         gpus.stop()
+        examiner.stop()
         node.close()
     return 0
 

@@ -5,19 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from checkpointing.transfer_probe import measure
-from cluster.messages import Measure, Measured
+from cluster.messages import Measure, Measured, PeerAt
 from health.network import Way
-
-TIMEOUT_S = 5.0
 
 
 class Measurer:
-    """answer is called from the thread with each answer. key: the job's transfer key."""
+    """measure: the way from a peer, measured for so many seconds. answer is called from the thread with the result."""
 
-    def __init__(self, node: str, key: bytes, answer: Callable[[Measured], None]) -> None:
-        self._node = node
-        self._key = key
+    def __init__(self, measure: Callable[[PeerAt, float], Way], answer: Callable[[Measured], None]) -> None:
+        self._measure_way = measure
         self._answer = answer
         self._newest = 0
 
@@ -29,13 +25,5 @@ class Measurer:
         threading.Thread(target=self._measure, args=(wanted,), name="measure", daemon=True).start()
 
     def _measure(self, wanted: Measure) -> None:
-        ways = []
-        for peer in wanted.peers:
-            found = measure(peer.address, self._key, wanted.for_s, TIMEOUT_S)
-            ways.append(
-                Way(
-                    source=peer.node, target=self._node, problem=found.problem, latency_s=found.latency_s,
-                    mb_per_s=found.mb_per_s,
-                )
-            )  # fmt: skip
-        self._answer(Measured(wanted.number, tuple(ways)))
+        ways = tuple(self._measure_way(peer, wanted.for_s) for peer in wanted.peers)
+        self._answer(Measured(wanted.number, ways))

@@ -139,7 +139,10 @@ class NodeProbe:
 
 
 class NodeWatch(threading.Thread):
-    """Reads and judges every interval_s, in a thread of the agent. newest: the last reading, for evidence."""
+    """Reads and judges every interval_s, in a thread of the agent. newest: the last reading, for evidence.
+
+    others: further judges of the node, asked at the same times.
+    """
 
     def __init__(
         self,
@@ -148,6 +151,7 @@ class NodeWatch(threading.Thread):
         interval_s: float,
         newest_step: Callable[[], int],
         accuse: Callable[[Verdict], None],
+        others: Sequence[Callable[[int], Verdict | None]] = (),
     ) -> None:
         super().__init__(name="node-watch", daemon=True)
         self.newest: NodeFacts | None = None
@@ -156,13 +160,17 @@ class NodeWatch(threading.Thread):
         self._interval_s = interval_s
         self._newest_step = newest_step
         self._accuse = accuse
+        self._others = tuple(others)
         self._leave = threading.Event()
 
     def run(self) -> None:
         """Until `stop`."""
         while not self._leave.wait(self._interval_s):
             self.newest = self._probe.read()
-            for verdict in self._judge.judge(self.newest, self._newest_step()):
+            step = self._newest_step()
+            also = [verdict for judge in self._others if (verdict := judge(step)) is not None]
+            for verdict in [*self._judge.judge(self.newest, step), *also]:
+                logger.warning("%s: %s", verdict.cause.value, verdict.evidence[0])
                 self._accuse(verdict)
 
     def stop(self) -> None:

@@ -71,6 +71,16 @@ class RunDir:
         return self.path / "secrets" / "job.json"
 
     @property
+    def network(self) -> Path:
+        """The newest examination of the network."""
+        return self.path / "network.json"
+
+    @property
+    def network_wish(self) -> Path:
+        """Somebody's wish for one."""
+        return self.path / "network-wanted.json"
+
+    @property
     def wandb_id(self) -> Path:
         return self.path / "wandb_run_id"
 

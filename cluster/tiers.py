@@ -5,6 +5,8 @@ Part of the agent's composition root; no torch here.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,12 +19,15 @@ from checkpointing.persister import Persister
 from checkpointing.ratelimit import RateLimit
 from checkpointing.replicator import CopyEvent, Replicator
 from checkpointing.store import NodeStore, StoreEvent, StoreEventKind
+from checkpointing.transfer_probe import PROBE_REF, make_probe, measure
 from checkpointing.transfer_server import TransferServer
 from cluster.agent import AgentState
-from cluster.messages import HeldInfo, Order, Plan
+from cluster.measuring import Measurer
+from cluster.messages import HeldInfo, Order, PeerAt, Plan
 from cluster.planning import ranks_of
 from cluster.rundir import RunDir
 from configs.schema import JobConfig
+from health.network import Way
 from trainer.events import Fact, FactKind
 from trainer.paths import copies_dir, segments_dir, transfer_key_path
 
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
     from checkpointing.s3_upload import Uploader
 
 _MB = 1e6
+_MEASURE_TIMEOUT_S = 5.0
 _STORE_FACTS = {
     StoreEventKind.COMMITTED: FactKind.SNAPSHOT_COMMITTED,
     StoreEventKind.FAILED: FactKind.SNAPSHOT_FAILED,
@@ -55,6 +61,11 @@ class NodeTiers:
         )
         self.copies = CopyStore(copies_dir(ram_dir))
         self.server = TransferServer(state.host, key, self.find, self.copies)
+        self.key = key
+        self.measurer = Measurer(self._way_from, state.measured)
+        self._probe_folder = ram_dir
+        self._probe: Located | None = None
+        self._probe_lock = threading.Lock()
         self.replicator = Replicator(segments, key, policy.peer_interval_steps, limit, self._on_copies)
         self.gatherer = Gatherer(self.store, self.copies, key, ram_dir, state.wants_restart)
         self.persister = Persister(self.store, self._on_store)
@@ -84,11 +95,28 @@ class NodeTiers:
         return [HeldInfo(s.rank, s.world_size, s.step, s.generation, s.tier.value) for s in held]
 
     def find(self, ref: ShardRef) -> Located | None:
-        """Where a shard that a peer asks for lies on this node."""
+        """Where a shard that a peer asks for lies on this node; who measures the way here gets bytes of no meaning."""
+        if ref == PROBE_REF:
+            return self._probe_bytes()
         return self.copies.find(ref) or self.store.find(ref)
+
+    def _probe_bytes(self) -> Located | None:
+        with self._probe_lock:
+            if self._probe is None:
+                with contextlib.suppress(OSError):  # no room: the answer is that there is none
+                    self._probe = make_probe(self._probe_folder)
+            return self._probe
+
+    def _way_from(self, peer: PeerAt, for_s: float) -> Way:
+        found = measure(peer.address, self.key, for_s, _MEASURE_TIMEOUT_S)
+        return Way(
+            source=peer.node, target=self.node, problem=found.problem, latency_s=found.latency_s,
+            mb_per_s=found.mb_per_s,
+        )  # fmt: skip
 
     def obey(self, order: Order) -> None:
         """The supervisor spoke: copies go to these, and are taken of no history older than the plan's."""
+        self.measurer.obey(order.measure)
         self.replicator.send_to(order.copy_to)
         self.copies.keep_for(order.keep_for)
         if order.plan is not None:

@@ -10,7 +10,7 @@ border's, a switch or a route.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
@@ -36,22 +36,32 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     mb_per_s: float = -1.0
 
 
+class BadPair(msgspec.Struct, frozen=True):
+    """Two nodes with a bad way between them, and what was seen."""
+
+    pair: Pair
+    words: str
+
+
 class Findings(msgspec.Struct, frozen=True, kw_only=True):
     """nodes: bad with most of their partners. links: bad pairs of nodes that are sound otherwise.
 
-    groups: sets of nodes between which nothing crosses, the largest first; () if all is one. bad: lines about each
-    pair that is bad, by pair.
+    groups: sets of nodes between which nothing crosses, the largest first; () if all is one. bad: all bad pairs.
     """
 
     nodes: tuple[str, ...] = ()
     links: tuple[Pair, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
-    bad: Mapping[Pair, str] = {}
+    bad: tuple[BadPair, ...] = ()
 
     @property
     def well(self) -> bool:
         """Nothing is bad."""
         return not self.bad
+
+    def words(self, pair: Pair) -> str:
+        """What was seen between two nodes, "" if they are well."""
+        return next((each.words for each in self.bad if each.pair == pair), "")
 
 
 def first_rounds(nodes: Sequence[str]) -> list[list[Pair]]:
@@ -80,7 +90,9 @@ def next_round(nodes: Sequence[str], ways: Iterable[Way]) -> list[Pair]:
     taken: set[str] = set()
     chosen: list[Pair] = []
     for suspect in sorted(nodes, key=lambda node: -wanted[node]):
-        partners = [other for other in free if other != suspect and (not group or group.get(other) != group.get(suspect))]
+        partners = [
+            other for other in free if other != suspect and (not group or group.get(other) != group.get(suspect))
+        ]
         left = [other for other in partners if _pair(suspect, other) not in by_pair]
         if len(partners) - len(left) >= wanted[suspect] or suspect in taken:
             continue
@@ -120,16 +132,17 @@ def find_bad(ways: Iterable[Way]) -> Findings:
     """The fewest culprits that explain all bad pairs."""
     by_pair = _by_pair(ways)
     bad = bad_pairs(ways)
+    told = tuple(BadPair(pair, bad[pair]) for pair in sorted(bad))
     groups = _groups(by_pair, bad)
     if groups:
-        return Findings(groups=groups, bad=bad)
+        return Findings(groups=groups, bad=told)
     nodes: list[str] = []
     while True:
         left = {pair for pair in by_pair if not set(pair) & set(nodes)}
         sick = {pair: words for pair, words in bad.items() if pair in left}
         worst = _worst(left, sick)
         if worst is None:
-            return Findings(nodes=tuple(sorted(nodes)), links=tuple(sorted(sick)), bad=bad)
+            return Findings(nodes=tuple(sorted(nodes)), links=tuple(sorted(sick)), bad=told)
         nodes.append(worst)
 
 
@@ -139,19 +152,19 @@ def judge_network(findings: Findings, ways: Iterable[Way], step: int = -1) -> li
     verdicts = []
     for node in findings.nodes:
         with_it = {pair for pair in tried if node in pair}
-        lines = [findings.bad[pair] for pair in sorted(with_it) if pair in findings.bad]
+        lines = [each.words for each in findings.bad if node in each.pair]
         headline = f"{node}: the way to {len(lines)} of {len(with_it)} other nodes is bad, others reach each other well"
         certainty = Certainty.PROOF if len(lines) == len(with_it) >= SOUND_PARTNERS else Certainty.LIKELY
         verdicts.append(_verdict(node, "network", "node unreachable", Severity.NODE, certainty, step, headline, lines))
     for pair in findings.links:
         name = "-".join(pair)
         headline = f"the way between {pair[0]} and {pair[1]} is bad, both reach others well or were not asked to"
-        lines = [findings.bad[pair]]
+        lines = [findings.words(pair)]
         verdicts.append(_verdict("", name, "link bad", Severity.NOTICE, Certainty.LIKELY, step, headline, lines))
     if findings.groups:
         names = "; ".join(f"{', '.join(group)}" for group in findings.groups)
         headline = f"nothing crosses between groups of nodes that are well within themselves: {names}"
-        lines = [findings.bad[pair] for pair in sorted(findings.bad)]
+        lines = [each.words for each in findings.bad]
         verdicts.append(
             _verdict("", "network", "network parted", Severity.NOTICE, Certainty.LIKELY, step, headline, lines)
         )

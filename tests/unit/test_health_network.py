@@ -95,7 +95,7 @@ def test_one_direction_is_enough() -> None:
     ways = [way(a, b, 1000.0) for a in "abcd" for b in "abcd" if a != b and (a, b) != ("a", "b")]
     found = find_bad([*ways, way("a", "b", 20.0)])
     assert found.links == (("a", "b"),)
-    assert "b fetches slowly from a: 20.0 MB/s" in found.bad["a", "b"]
+    assert "b fetches slowly from a: 20.0 MB/s" in found.words(("a", "b"))
 
 
 def test_what_is_blamed_has_words_and_weight() -> None:
