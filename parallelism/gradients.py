@@ -32,7 +32,7 @@ def clip_by_global_norm(parts: list[nn.Module], stage_ranks: int, max_norm: floa
         for parameter in part.parameters():
             if parameter.grad is not None:
                 gradients.append(local_of(parameter.grad))
-                shares.append(_shards(parameter) / stage_ranks)
+                shares.append(shards_of(parameter) / stage_ranks)
     device = gradients[0].device
     with torch.no_grad():
         norms = torch.stack(torch._foreach_norm(gradients)).double()
@@ -46,8 +46,8 @@ def clip_by_global_norm(parts: list[nn.Module], stage_ranks: int, max_norm: floa
     return norm
 
 
-def _shards(parameter: nn.Parameter) -> int:
-    """Into how many different pieces the parameter is cut."""
+def shards_of(parameter: nn.Parameter) -> int:
+    """Into how many different pieces a parameter that has a gradient is cut."""
     assert isinstance(parameter, DTensor)
     assert isinstance(parameter.grad, DTensor)
     assert not any(placement.is_partial() for placement in parameter.grad.placements)
