@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import getpass
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cluster.rundir import RunDir
     from cluster.state import JobState
 
+_LINE_CHARS = 240
 _COLUMNS = ("node", "place", "failures", "evicted", "node-days", "per 1,000 node-days", "why")
 
 
@@ -47,7 +49,7 @@ def nodes(command: Nodes, _overrides: Sequence[str]) -> int:
     from cluster.history import HISTORY_FILE, HistoryFile
 
     file = HistoryFile(Path(command.history or Path(command.dir) / HISTORY_FILE))
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else _LINE_CHARS)
     if command.what in ("drain", "readmit"):
         return _write(command, file, console)
     if command.node:
@@ -170,7 +172,6 @@ def _numbers(standing: Standing) -> tuple[str, str, str, str]:
 
 
 def _print(console: Console, table: Table, file: HistoryFile, skipped: int) -> None:
-    # Wrapped, not cut: a log file has no width.
-    console.print(table, soft_wrap=False, width=None if console.is_terminal else 160)
+    console.print(table, soft_wrap=False)
     if skipped:
         console.print(f"{file.path}: {skipped} lines could not be read and are skipped", highlight=False)
