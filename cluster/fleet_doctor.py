@@ -22,7 +22,8 @@ from health.verdict import Cause, Verdict
 MEASURE_S = 0.3
 LONGEST_MEASURE_S = 10.0
 _LOOK_S = 0.5
-_ON_SUSPICION = frozenset({Cause.SLOW_NETWORK, Cause.HANG, Cause.LINK_FAULT})
+# Ranks that hang may be cut off from each other; how fast the way is does not matter then.
+_ON_SUSPICION = {Cause.SLOW_NETWORK: MEASURE_S, Cause.HANG: 0.0}
 
 logger = logging.getLogger("everstep.fleet")
 
@@ -53,6 +54,7 @@ class FleetDoctor:
         self._id = ""
         self._done_id = self._read_wish().id
         self._reason = ""
+        self._for_s = 0.0
 
     def misfits(self, views: Mapping[str, AgentView]) -> list[Verdict]:
         """Nodes that do not fit with the others, by versions or by much slower GPUs; of each agent it is said once."""
@@ -79,6 +81,7 @@ class FleetDoctor:
     def suspect(self, verdict: Verdict) -> None:
         """A verdict was given: one that may come from the network has the network examined."""
         if verdict.cause in _ON_SUSPICION and not self._matrix.running:
+            self._for_s = _ON_SUSPICION[verdict.cause]
             self._reason = f"{verdict.cause}: {verdict.evidence[0] if verdict.evidence else verdict.fingerprint}"
 
     def tick(
@@ -108,7 +111,7 @@ class FleetDoctor:
         addresses = {node: view.report.peer_address for node, view in views.items() if node not in gone}
         self._id, reason, self._reason = wish.id if asked else "", self._reason, ""
         why = "everstep doctor --fleet" if asked else reason
-        for_s = min(max(wish.for_s, 0.0), LONGEST_MEASURE_S) if asked else MEASURE_S
+        for_s = min(max(wish.for_s, 0.0), LONGEST_MEASURE_S) if asked else self._for_s
         return self._matrix.begin(addresses, for_s, why, now_s, t_wall_s)
 
     def _read_wish(self) -> Wanted:

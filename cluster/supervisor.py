@@ -18,6 +18,7 @@ from cluster.actions import Decision, Evict, Nothing, Replace, Restart, Stop, ac
 from cluster.ending import End, ended_after, too_few
 from cluster.evidence import worth_telling
 from cluster.fleet import AgentView, all_finished, first_members, ready_members
+from cluster.fleet_doctor import FleetDoctor
 from cluster.incidents import write_incident
 from cluster.journal import Journal
 from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
@@ -79,6 +80,7 @@ class Supervisor:
         self.watcher = watcher
         self.views: dict[str, AgentView] = {}
         self.noticing = Noticing(config, scheduler, self.views, time.monotonic())
+        self.doctor = FleetDoctor(run_dir, config.health)
         self.members: tuple[str, ...] = ()
         self.target_generation = state.generation
         self.plan: Plan | None = None
@@ -111,6 +113,7 @@ class Supervisor:
             now = time.monotonic()
             self.watch(now)
             self.act(now)
+            self.examine(now)
             self.try_plan()
             self.try_finish(now)
             self.watcher.on_tick()
@@ -157,6 +160,7 @@ class Supervisor:
         if report.node in self.state.evicted:
             return
         self.views[report.node] = AgentView(report, time.monotonic())
+        self.doctor.take(report)
         self.placement.update(self.members, self.views)
         if report.readiness is not None and (known is None or known.report.readiness is None) and not report.generation:
             self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid, hardware=report.hardware)
@@ -256,6 +260,7 @@ class Supervisor:
         given = self.emit(
             events.VerdictGiven, generation=generation, verdict=verdict, t_failed_wall_s=failed_wall_s, incident=0
         )
+        self.doctor.suspect(verdict)
         self.emit(action_event, decision=decide(given, self.state, self.config), incident=0, blamed=verdict.node)
 
     def send_order(self, node: str) -> None:
@@ -275,6 +280,9 @@ class Supervisor:
                 keep_for=self.placement.keep_for(node, self.config.cluster.ranks_per_node),
                 gather=self.placement.sources(self.gather, node, ranks_of(node, self.plan)),
                 rejected=self.state.rejected,
+                measure=self.doctor.order_for(node),
+                heard_wall_s=view.report.sent_wall_s if view else 0.0,
+                sent_wall_s=time.time(),
                 abandoned=self.state.abandoned,
                 left_out=self.state.left_out,
             ),
@@ -341,6 +349,7 @@ class Supervisor:
             incident=number,
             others=worth_telling(root, incident.verdicts),
         )
+        self.doctor.suspect(root)
         decision = decide(given, self.state, self.config)
         try:
             write_incident(self.run_dir.path, number, root, incident.verdicts, incident.files)
@@ -349,6 +358,18 @@ class Supervisor:
         self._do(decision, root, number)
         for verdict in leftover(given, decision.action):
             self.suspect(Suspicion(verdict, incident.failed_wall_s))
+
+    def examine(self, now: float) -> None:
+        """Hold nodes against each other before they get ranks, and go on with an examination of the network."""
+        step = self.noticing.progress.newest_step
+        changed, found = self.doctor.tick(self.views, self.state.evicted, now, time.time(), step)
+        gathering = self.members and self.plan is None
+        if gathering and len(ready_members(self.members, self.views, self.target_generation)) == len(self.members):
+            found = [*found, *self.doctor.misfits(self.views)]
+        for verdict in found:
+            self.accuse(Suspicion(verdict, time.time()))
+        if changed:
+            self.broadcast()
 
     def _settle_s(self) -> float:
         """A lost peer names no culprit: wait as long as it can take until a silent node is noticed."""

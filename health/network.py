@@ -147,7 +147,8 @@ def find_bad(ways: Iterable[Way]) -> Findings:
 
 
 def judge_network(findings: Findings, ways: Iterable[Way], step: int = -1) -> list[Verdict]:
-    """Verdicts with evidence. Only a node that is bad with two others or more is blamed as one."""
+    """Verdicts with evidence. Only a node that is bad with two others or more is blamed as one; slowness is a hint."""
+    ways = list(ways)
     tried = _by_pair(ways)
     verdicts = []
     for node in findings.nodes:
@@ -155,6 +156,8 @@ def judge_network(findings: Findings, ways: Iterable[Way], step: int = -1) -> li
         lines = [each.words for each in findings.bad if node in each.pair]
         headline = f"{node}: the way to {len(lines)} of {len(with_it)} other nodes is bad, others reach each other well"
         certainty = Certainty.PROOF if len(lines) == len(with_it) >= SOUND_PARTNERS else Certainty.LIKELY
+        if not any(way.problem and node in (way.source, way.target) for way in ways):
+            certainty = Certainty.HINT  # slow may also be whoever else uses the way
         verdicts.append(_verdict(node, "network", "node unreachable", Severity.NODE, certainty, step, headline, lines))
     for pair in findings.links:
         name = "-".join(pair)
