@@ -153,6 +153,8 @@ def _describe_fact(event: events.WorkersReported) -> str:
             return f"caught up: {escape(fact.detail)}"
         case FactKind.STOPPING if fact.rank < 0:
             return f"[bold yellow]{fact.node}[/]: {escape(fact.detail)}"
+        case FactKind.UPDATE_REPLAYED:
+            return f"step {fact.step} computed again in {fact.seconds:.2f} s: {escape(fact.detail)}"
         case FactKind.UPDATE_SKIPPED:
             return f"[bold yellow]update of step {fact.step} skipped[/]: {escape(fact.detail)}"
         case _:

@@ -183,6 +183,8 @@ class Supervisor:
                     self._judge_skip(numbered.fact)
                 elif numbered.fact.kind in (FactKind.NUMBERS_ODD, FactKind.ROLLBACK_WANTED):
                     self._judge_numbers(numbered.fact)
+                elif numbered.fact.kind is FactKind.CORRUPTION_FOUND and report.node not in self.state.evicted:
+                    self.accuse(Suspicion(suspicions.corruption(numbered.fact), numbered.fact.t_wall_s))
 
     def _catch_up(self, report: AgentReport) -> None:
         """Agents may know a newer generation than the journal of a supervisor that died: never fall behind them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.messages import WorkerExit
 from health.crash import judge_exit
-from health.verdict import Cause, Severity, Verdict
+from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import Fact, FactKind
 
 
@@ -48,6 +48,21 @@ def odd_numbers(fact: Fact) -> Verdict:
         step=fact.step,
         fingerprint=_odd(fact).value,
         evidence=(fact.detail,),
+    )
+
+
+def corruption(fact: Fact) -> Verdict:
+    """Ranks compared what they hold and compute: proof against the one that is named, else only something to know."""
+    named = fact.blamed >= 0
+    return Verdict(
+        node=fact.node if named else "",
+        rank=fact.blamed,
+        cause=Cause.SILENT_CORRUPTION,
+        severity=Severity.NODE if named else Severity.NOTICE,
+        step=fact.step,
+        fingerprint=Cause.SILENT_CORRUPTION.value,
+        evidence=(fact.detail,),
+        certainty=Certainty.PROOF if named else Certainty.HINT,
     )
 
 

@@ -183,15 +183,15 @@ class Replay:
         self._always = self._always or not guilty
         if not right:
             leave(self.context, guilty, f"step {batch.step} came out differently each time on {ranks_in_words(guilty)}")
-        return third.work, f"computed three times; the {right} result and the third are equal, and count"
+        return third.work, f"results differed; the {right} one came out again, and counts"
 
     def _compare_devices(self, batch: StepBatch, again: Trial, elsewhere: int | None) -> tuple[Work, str]:
         """All ranks found the same twice: now for those who computed the same share on another device."""
         if elsewhere is None:
-            return again.work, "computed twice, the same each time; no other device computes the same"
+            return again.work, "the same result again; no other device computes the same"
         found = {0: _digest(again.work), 1: elsewhere}
         if not disputed(self._by_share(found)):
-            return again.work, "computed three times, on another device too, the same each time"
+            return again.work, "the same result again, and on other devices"
         second = self._elsewhere(batch.step, 2)
         if second is not None:
             found[2] = second

@@ -18,6 +18,8 @@ import msgspec
 
 from trainer.events import Phase
 
+from tests.chaos.flips import flip_gradient
+
 if TYPE_CHECKING:
     from tests.chaos.jobs import Job
 
@@ -115,4 +117,5 @@ DEEDS: dict[str, Callable[[str], None]] = {
     "bus error": _bus_error,
     "kill": _kill,
     "eat": _eat,
+    "flip gradient": flip_gradient,
 }
