@@ -1,11 +1,10 @@
-"""Bits that flip in a real worker: in a gradient from within, in weights and optimizer state from outside, by the kernel.
+"""Bits that flip in a real worker: in a gradient from within, in weights and optimizer state from outside.
 
 Where a tensor lies in a worker's memory is found by what it holds: the snapshot of the same state is in shared memory.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import signal
@@ -95,7 +94,7 @@ def _places(
             meta = parse_header(data[:start], len(data), "", slot.name)
         except SnapshotDamagedError:
             continue
-        fits = [part for part in meta.shard.slices
+        fits = [part for part in meta.shard.tensors
                 if part.name.startswith(prefix) and part.end_bytes - part.start_bytes >= _PATTERN_BYTES]  # fmt: skip
         if meta.step == step and fits:
             part = dice.choice(fits)
@@ -108,7 +107,7 @@ def _places(
 def _find(pid: int, pattern: bytes) -> Iterator[int]:
     with Path(f"/proc/{pid}/maps").open() as maps, Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         for line in maps:
-            span, rights, *rest = line.split()
+            span, rights = line.split()[:2]
             if not rights.startswith("rw") or "/dev/shm" in line:
                 continue
             begin, end = (int(part, 16) for part in span.split("-"))

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trainer.events import Phase
-
 from tests.chaos.flips import flip_gradient
+from trainer.events import Phase
 
 if TYPE_CHECKING:
     from tests.chaos.jobs import Job
