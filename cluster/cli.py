@@ -18,6 +18,7 @@ from rich.markup import escape
 from tyro.conf import Positional, subcommand
 
 from cluster.cli_checkpoint import Checkpoint, Import, run_checkpoint
+from cluster.cli_doctor import Doctor, doctor
 from cluster.cli_explain import Explain, Policy, explain, replay_policy
 from cluster.cli_nodes import Nodes, nodes
 from configs.load import ConfigError
@@ -108,6 +109,7 @@ Command = (
     | Annotated[Config, subcommand("config")]
     | Annotated[Status, subcommand("status")]
     | Annotated[Logs, subcommand("logs")]
+    | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Explain, subcommand("explain")]
     | Annotated[Nodes, subcommand("nodes")]
     | Annotated[Policy, subcommand("policy")]
@@ -300,6 +302,7 @@ _COMMANDS: Mapping[type, Callable[[Any, Sequence[str]], int]] = {
     Config: _config,
     Status: _status,
     Logs: _logs,
+    Doctor: doctor,
     Explain: explain,
     Nodes: nodes,
     Policy: replay_policy,
