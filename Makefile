@@ -6,7 +6,7 @@ PACKAGES := configs parallelism checkpointing trainer health cluster
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint unit distributed chaos-short chaos chaos-checkpoint data install constraints clean \
-	bench-recovery bench-checkpoint bench-checkpoint-gpu bench-overhead
+	bench-recovery bench-checkpoint bench-checkpoint-gpu bench-overhead bench-detection
 
 install: $(VENV)/.installed
 
@@ -50,7 +50,7 @@ chaos-checkpoint: install
 chaos: install
 	$(BIN)/pytest tests
 
-bench-recovery bench-checkpoint bench-overhead: install data
+bench-recovery bench-checkpoint bench-overhead bench-detection: install data
 	$(BIN)/python -m benchmarks.$(subst bench-,,$@)
 
 # Says so and does nothing where there is no CUDA device.

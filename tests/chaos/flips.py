@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +52,15 @@ def flip_gradient(text: str) -> None:
     _fsdp_param_group.foreach_reduce = flipping  # type: ignore[assignment]
 
 
-def flip_state(job: Job, rank: int, prefix: str, dice: random.Random, ranks_per_node: int = 2) -> int:
+def flip_state(
+    job: Job, rank: int, prefix: str, dice: random.Random, ranks_per_node: int = 2, nodes: Sequence[str] = ()
+) -> int:
     """Flip a random bit of a tensor whose name begins with `prefix`, in a running rank's memory; returns the step.
 
-    It strikes while the rank computes gradients: what is in the snapshot of the step before is then what is in memory.
+    nodes: those that hold the ranks, if no longer the first ones. It strikes while the rank computes gradients: what is in the snapshot of the step before is then what is in memory.
     """
-    node, local_rank = f"node{rank // ranks_per_node}", rank % ranks_per_node
+    at, local_rank = divmod(rank, ranks_per_node)
+    node = nodes[at] if nodes else f"node{at}"
     process = faults.rank_process(job.run_dir, node, rank)
     ram_dir = RunDir(job.run_dir.absolute()).ram_root("/dev/shm") / node
     beats = HeartbeatFile(heartbeat_path(ram_dir), ranks_per_node).open()
