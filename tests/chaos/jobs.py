@@ -34,6 +34,7 @@ class Job:
         self.arguments = ["run", config, "--run.name", name, "--telemetry.wandb", "off", *history, *overrides]
         self.output = home / f"{name}.out"
         self.environment: dict[str, str] = {}
+        self.launcher: tuple[str, ...] = ()
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -45,7 +46,7 @@ class Job:
         """Start `everstep run` in the background."""
         with self.output.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", *self.arguments, *more],
+                [*self.launcher, sys.executable, "-m", "cluster.cli", *self.arguments, *more],
                 cwd=self.home,
                 stdout=out,
                 stderr=out,
