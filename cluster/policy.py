@@ -9,7 +9,7 @@ from __future__ import annotations
 from cluster.actions import Action, Decision, Evict, Nothing, Replace, Restart, Stop
 from cluster.events import VerdictGiven
 from cluster.evidence import GONE, Weight, goes_on, verdicts_of, weigh, worst
-from cluster.policy_numbers import Refusal, decide_numbers
+from cluster.policy_numbers import Refusal, decide_numbers, facts_about
 from cluster.policy_pricing import Price, price
 from cluster.policy_words import fact, ordinal, quote, what
 from cluster.state import Failure, JobState, NodeStatus
@@ -78,6 +78,7 @@ class _Case:
     def _inside(self, lead: Verdict, verdicts: list[Verdict]) -> Action:
         numbers = decide_numbers(lead, self.state, self.config)
         if numbers is not None:
+            self.because += facts_about(self.state, self.config)
             return Stop(numbers.exit_code, numbers.reason) if isinstance(numbers, Refusal) else numbers
         running = all(goes_on(each) for each in verdicts)
         if not running and (loop := _crash_loop(lead, self.given, self.state)) is not None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 import msgspec
 
 from cluster.events import Back
+from cluster.policy_words import ordinal, what
 from cluster.state import JobState
 from configs.schema import JobConfig
 from health.verdict import Cause, Severity, Verdict
+from trainer.events import Fact
 from trainer.exits import ExitCode
 from trainer.history import Ranges, batches_of, union
 
-_WORDS = {
-    Cause.SPIKE: "the loss or the gradient norm leapt",
-    Cause.NONFINITE: "the loss or a gradient was not finite",
-}
+_CAUSES = (Cause.SPIKE, Cause.NONFINITE)
 
 
 class Rollback(msgspec.Struct, frozen=True, tag="rollback"):
@@ -49,40 +48,64 @@ def back_to(action: Rollback) -> Back:
 def decide_numbers(verdict: Verdict, state: JobState, config: JobConfig) -> Rollback | Refusal | None:
     """What to do about workers that wait to go back; None if the verdict is about something else.
 
-    A place is as long as the window that steps are judged by. The same trouble at the same place with other data is
-    answered by going further back each time, as the harm may have been done before it showed, and at last by stopping.
+    The same trouble at the same place with other data is answered by going further back each time, as the harm may
+    have been done before it showed, and at last by stopping.
     """
     wanted = state.rollback_wanted
-    if verdict.cause not in _WORDS or verdict.severity is not Severity.WORKERS or wanted is None:
+    if verdict.cause not in _CAUSES or verdict.severity is not Severity.WORKERS or wanted is None:
         return None
-    what = f"{_WORDS[verdict.cause].capitalize()} from step {wanted.step} on"
-    numbers = config.numbers
-    if state.restarts_used >= config.health.max_restarts:
-        return Refusal(
-            ExitCode.FAILED,
-            f"{what}, and the {config.health.max_restarts} automatic restarts of this run are used up; "
-            "look at the incidents, then raise health.max_restarts and run the same command again.",
-        )
-    before = [each for each in state.rollbacks if abs(each - wanted.step) <= numbers.window_steps]
-    if len(before) >= numbers.max_rollbacks:
-        return Refusal(
-            ExitCode.DO_NOT_RESTART,
-            f"{what}, although the run went back {len(before)} times here and left out other batches each time: the "
-            "data is not to blame. Look at the learning rate, the gradient norms before it and the model, in a new "
-            "run; or raise numbers.max_rollbacks or numbers.spike_z and run the same command again.",
-        )
-    first = max(1, wanted.step - numbers.back_steps * len(before), _oldest_kept(state, config, wanted.step) + 1)
-    last = wanted.step + wanted.batches - 1
-    left_out = batches_of(first, last, union(state.left_out, _configured(config)))
-    words = " and ".join(_range_words(*each) for each in left_out)
-    again = f", for the {len(before) + 1}. time here" if before else ""
+    times = len(_earlier_here(wanted, state, config))
+    if refusal := _refusal(verdict, times, state, config):
+        return refusal
+    first = max(
+        1, wanted.step - config.numbers.back_steps * times, _oldest_kept(state, config, wanted.step) + 1
+    )  # fmt: skip
+    left_out = batches_of(first, wanted.step + wanted.batches - 1, union(state.left_out, _configured(config)))
+    again = f" for the {ordinal(times + 1)} time here" if times else ""
+    ranges = " and ".join(_range_words(*each) for each in left_out)
     return Rollback(
         generation=wanted.generation,
         step=wanted.step,
         to_step=first - 1,
         left_out=left_out,
-        reason=f"{what}{again}: the run goes back to before step {first} and leaves out {words}.",
+        reason=f"{what(verdict)}{again}: the run goes back to before step {first} and leaves out {ranges}.",
     )
+
+
+def facts_about(state: JobState, config: JobConfig) -> tuple[str, ...]:
+    """What the decision rests on, beside the verdict: a line each, for a person."""
+    wanted = state.rollback_wanted
+    if wanted is None:
+        return ()
+    times = len(_earlier_here(wanted, state, config))
+    return (
+        f"bad steps: {wanted.batches} from step {wanted.step} on",
+        f"went back here before: {times} of {config.numbers.max_rollbacks} times",
+        f"restarts used: {state.restarts_used} of {config.health.max_restarts}",
+    )
+
+
+def _refusal(verdict: Verdict, times: int, state: JobState, config: JobConfig) -> Refusal | None:
+    if state.restarts_used >= config.health.max_restarts:
+        return Refusal(
+            ExitCode.FAILED,
+            f"{what(verdict)}, and the {config.health.max_restarts} automatic restarts of this run are used up; "
+            "look at the incidents, then raise health.max_restarts and run the same command again.",
+        )
+    if times < config.numbers.max_rollbacks:
+        return None
+    although = f", although the run went back {times} times here and left out other batches: the data is not to blame"
+    return Refusal(
+        ExitCode.DO_NOT_RESTART,
+        f"{what(verdict)}{although if times else ''}. Look at the learning rate, the data and the gradient norms "
+        "before it. A new run can try other settings; numbers.max_rollbacks and numbers.spike_z may be raised in this one, "
+        "and the same command goes on.",
+    )
+
+
+def _earlier_here(wanted: Fact, state: JobState, config: JobConfig) -> list[int]:
+    """Where troubles began that the run went back from at this place, which is as long as the window of judging."""
+    return [each for each in state.rollbacks if abs(each - wanted.step) <= config.numbers.window_steps]
 
 
 def _oldest_kept(state: JobState, config: JobConfig, before_step: int) -> int:
