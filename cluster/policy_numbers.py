@@ -98,8 +98,8 @@ def _refusal(verdict: Verdict, times: int, state: JobState, config: JobConfig) -
     return Refusal(
         ExitCode.DO_NOT_RESTART,
         f"{what(verdict)}{although if times else ''}. Look at the learning rate, the data and the gradient norms "
-        "before it. A new run can try other settings; numbers.max_rollbacks and numbers.spike_z may be raised in this one, "
-        "and the same command goes on.",
+        "before it. A new run can try other settings; in this one numbers.max_rollbacks and numbers.spike_z may be "
+        "raised, and the same command goes on.",
     )
 
 

@@ -115,6 +115,30 @@ def test_ledger_of_a_changing_layout_is_exactly_once(prefix: Path, tmp_path: Pat
     check_exactly_once(committed_samples(tmp_path), steps=6, global_batch=8)
 
 
+@pytest.mark.parametrize("dp_degree", [1, 4])
+def test_what_is_left_out_is_never_read_and_all_else_is(prefix: Path, tmp_path: Path, dp_degree: int) -> None:
+    """On any layout, later steps move up; the ledger has what was passed over, what was skipped, and nothing twice."""
+    config, left_out = job([prefix]), ((2, 1), (4, 2))
+    plain = StepReader(config, 0, 1)
+    for dp_rank in range(dp_degree):
+        reader = StepReader(config, dp_rank, dp_degree, left_out=left_out)
+        ledger = SampleLedger(tmp_path, dp_rank, 0)
+        for step in range(1, 5):
+            batch = reader.read(step)
+            ledger.append(step, batch.first, batch.count, batch.digest, batch.passed)
+            if step == 2:
+                ledger.append(step, batch.first, batch.count, batch.digest, batch.passed, skipped=True)
+            rows = plain.read((1, 3, 6, 7)[step - 1]).tokens[dp_rank * batch.count :][: batch.count]
+            assert np.array_equal(batch.tokens, rows)
+            assert batch.batch == (1, 3, 6, 7)[step - 1]
+    samples = committed_samples(tmp_path)
+    check_exactly_once(samples, 4, 8, left_out)
+    with pytest.raises(ValueError, match="step 2"):
+        check_exactly_once(samples, 4, 8)
+    assert [samples[step][0].passed for step in range(1, 5)] == [(), ((8, 8),), ((24, 16),), ()]
+    assert [all(line.skipped for line in samples[step]) for step in range(1, 5)] == [False, True, False, False]
+
+
 def test_prepared_text_reaches_the_batch(tmp_path: Path) -> None:
     """From a text file to a batch, with the checks against the recorded facts."""
     (tmp_path / "a.txt").write_text("some words to learn from\n" * 200)
