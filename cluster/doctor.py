@@ -168,7 +168,7 @@ def own_loopback() -> Check:
     """The same where no server runs: with one that is made for it."""
     key = secrets.token_bytes(KEY_BYTES)
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
-        probe, copies = make_probe(Path(folder)), CopyStore(Path(folder) / "copies")
+        probe, copies = make_probe(), CopyStore(Path(folder) / "copies")
         server = TransferServer("127.0.0.1", key, lambda ref: probe if ref == PROBE_REF else None, copies)
         try:
             return loopback_check(f"127.0.0.1:{server.start()}", key)

@@ -5,7 +5,6 @@ Part of the agent's composition root; no torch here.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -63,7 +62,6 @@ class NodeTiers:
         self.server = TransferServer(state.host, key, self.find, self.copies)
         self.key = key
         self.measurer = Measurer(self._way_from, state.measured)
-        self._probe_folder = ram_dir
         self._probe: Located | None = None
         self._probe_lock = threading.Lock()
         self.replicator = Replicator(segments, key, policy.peer_interval_steps, limit, self._on_copies)
@@ -100,11 +98,10 @@ class NodeTiers:
             return self._probe_bytes()
         return self.copies.find(ref) or self.store.find(ref)
 
-    def _probe_bytes(self) -> Located | None:
+    def _probe_bytes(self) -> Located:
         with self._probe_lock:
             if self._probe is None:
-                with contextlib.suppress(OSError):  # no room: the answer is that there is none
-                    self._probe = make_probe(self._probe_folder)
+                self._probe = make_probe()
             return self._probe
 
     def _way_from(self, peer: PeerAt, for_s: float) -> Way:

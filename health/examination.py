@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from health.node import NodeFacts, Place, disk_troubles
+from health.node import LEAST_ROOM_BYTES, NodeFacts, Place, disk_troubles
 from health.verdict import Cause, Certainty, Severity, Verdict
 
 PEERS_FOR_A_MEDIAN = 3
@@ -85,8 +85,9 @@ def node_checks(facts: NodeFacts) -> Iterator[Check]:
         # A folder that all nodes share, or one that is only nearly full, keeps nobody out.
         worst, detail = Grade.PASS, ""
         for trouble in disk_troubles(disk):
+            no_room = 0 <= disk.free_bytes < LEAST_ROOM_BYTES
             own = disk.place is not Place.RUN
-            worst = Grade.FAIL if own and (disk.error or disk.read_only) else Grade.NOTE
+            worst = Grade.FAIL if own and (disk.error or disk.read_only or no_room) else Grade.NOTE
             detail = trouble.line
         value = f"{disk.free_bytes / 2**30:,.1f} GiB free" if disk.free_bytes >= 0 else disk.error
         if disk.write_s >= 0:

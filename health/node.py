@@ -18,6 +18,7 @@ from health.verdict import Cause, Certainty, Severity, Verdict
 HUNG = "HUNG"
 WINDOW_S = 3600.0
 LOW_DISK_BYTES = 1 << 30
+LEAST_ROOM_BYTES = 16 << 20
 LOW_DISK_PART = 0.02
 LOW_MEMORY_PART = 0.02
 SLOW_WRITE_S = 5.0
@@ -170,7 +171,7 @@ class NodeJudge:
         lost = self._rise(name, "uncorrected", now_s, controller.uncorrected)
         if lost:
             yield Trouble(
-                cause=Cause.NODE_FAULT, severity=Severity.NODE, certainty=Certainty.PROOF, device=name,
+                cause=Cause.NODE_DEGRADED, severity=Severity.NODE, certainty=Certainty.PROOF, device=name,
                 fingerprint="uncorrected memory error", line=f"memory controller {name}: {lost} uncorrected errors",
             )  # fmt: skip
         corrected = self._rise(name, "corrected", now_s, controller.corrected)
@@ -226,7 +227,11 @@ def as_verdict(trouble: Trouble, node: str, step: int) -> Verdict:
 
 
 def disk_troubles(disk: DiskFacts) -> Iterator[Trouble]:
-    """What is wrong with one folder. Troubles of the run directory, which all nodes share, are no node's fault."""
+    """What is wrong with one folder.
+
+    Troubles of the run directory, which all nodes share, are no node's fault. Without its own disk a node goes on
+    training, with one tier of snapshots less: that speaks against it, but is no reason to stop anything.
+    """
     own = disk.place is not Place.RUN
     where = f"{disk.place} ({disk.path})"
     if disk.read_only or disk.error in _DISK_BROKEN:
@@ -238,14 +243,14 @@ def disk_troubles(disk: DiskFacts) -> Iterator[Trouble]:
             mark, what = f"disk error {disk.error}", f"cannot be written ({disk.error})"
         yield Trouble(
             cause=Cause.NODE_FAULT, severity=Severity.NODE if own else Severity.NOTICE,
-            certainty=Certainty.LIKELY if own else Certainty.HINT, device=disk.place.value, fingerprint=mark,
-            line=f"{where} {what}",
+            certainty=Certainty.LIKELY if disk.place is Place.RAM else Certainty.HINT, device=disk.place.value,
+            fingerprint=mark, line=f"{where} {what}",
         )  # fmt: skip
     elif disk.error:
         full = disk.error in ("ENOSPC", "EDQUOT")
         mark = "disk full" if full else f"disk error {disk.error}"
         yield _impaired(disk.place, mark, f"{where} {'is full' if full else f'cannot be written ({disk.error})'}")
-    elif 0 <= disk.free_bytes < min(LOW_DISK_BYTES, LOW_DISK_PART * disk.total_bytes):
+    elif 0 <= disk.free_bytes < max(LEAST_ROOM_BYTES, min(LOW_DISK_BYTES, LOW_DISK_PART * disk.total_bytes)):
         free = f"{disk.free_bytes / 2**20:,.0f} of {disk.total_bytes / 2**20:,.0f} MiB free"
         yield _impaired(disk.place, "disk nearly full", f"{where} is nearly full: {free}")
     elif disk.write_s > SLOW_WRITE_S:

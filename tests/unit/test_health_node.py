@@ -104,7 +104,7 @@ def test_a_healthy_day_says_nothing(seed: int) -> None:
         (port("eth0", downs=4), Cause.LINK_FAULT, Severity.NOTICE, "eth0", "lost its link once"),
         (port("mlx5_0/1", errors=40 + SYMBOL_ERRORS_AN_HOUR), Cause.LINK_FAULT, Severity.NOTICE, "mlx5_0/1", "symbol"),
         (port("mlx5_0/1", recoveries=12), Cause.LINK_FAULT, Severity.NOTICE, "mlx5_0/1", "train its link anew 3 times"),
-        (controller(5, 2), Cause.NODE_FAULT, Severity.NODE, "mc0", "1 uncorrected errors"),
+        (controller(5, 2), Cause.NODE_DEGRADED, Severity.NODE, "mc0", "1 uncorrected errors"),
         (controller(5 + CORRECTED_AN_HOUR), Cause.NODE_DEGRADED, Severity.NOTICE, "mc0", "60 corrected errors"),
         (
             msgspec.structs.replace(WELL, load=Load(cores=8, foreign_cores=4.5, top=("miner (7) 4.5",))),
@@ -127,7 +127,9 @@ def test_each_trouble_is_said_once(facts: NodeFacts, cause: Cause, severity: Sev
 
 
 def test_what_is_everybodys_is_only_hinted_at() -> None:
-    """A dead run directory may be any node's or nobody's fault; an uncorrected memory error is a proof."""
+    """A dead run directory may be any node's or nobody's fault, and without its own disk a node still trains; an
+    uncorrected memory error is a proof."""
+    assert judged([WELL, disk(Place.NODE, error="EIO")])[0].certainty is Certainty.HINT
     assert judged([WELL, disk(Place.RUN, error="EIO")])[0].certainty is Certainty.HINT
     assert judged([WELL, controller(5, 2)])[0].certainty is Certainty.PROOF
 

@@ -20,7 +20,7 @@ from tests.transfer_helpers import KEY, Node, a_node, cutting
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
     with a_node(tmp_path) as made:
-        made.shards[PROBE_REF] = make_probe(tmp_path)
+        made.shards[PROBE_REF] = make_probe()
         yield made
 
 
@@ -98,7 +98,7 @@ print(measure(sys.argv[1], bytes(range(32)), 0.5, float(sys.argv[2])))
 def test_a_real_slow_wire_is_slow(tmp_path: Path, slow_wire: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a real link of 1 MB/s the speed comes out as that, and it takes no longer than it may; once the link is
     down, it is bad."""
-    probe = make_probe(tmp_path)
+    probe = make_probe()
     copies = CopyStore(tmp_path / "copies")
     server = TransferServer("10.97.53.1", KEY, lambda ref: probe if ref == PROBE_REF else None, copies)
     address = f"10.97.53.1:{server.start()}"
