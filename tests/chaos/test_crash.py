@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
+from pathlib import Path
 
+import msgspec
 import pytest
 
+from cluster.alert_words import Alert
 from cluster.events import VerdictGiven
 from health.blame import Blame, blame
 from health.verdict import Cause, Verdict
@@ -24,9 +28,13 @@ def verdicts(job: Job) -> list[Verdict]:
     return [event.verdict for event in job.events() if isinstance(event, VerdictGiven) and event.incident]
 
 
-def test_a_crash_is_charged_to_its_cause_and_its_rank(make_job: MakeJob) -> None:
-    """Promise: of four ranks that fail together the one that began it is named, whether it raised or just fell over."""
-    job = make_job("crashing", ("--training.steps", "8"))
+def test_a_crash_is_charged_to_its_cause_and_its_rank(make_job: MakeJob, tmp_path: Path) -> None:
+    """Promise: of four ranks that fail together the one that began it is named, whether it raised or just fell over;
+    and who is not looking is told.
+    """
+    told = tmp_path / "told"
+    command = f'["{sys.executable}", "-c", "import sys; open({str(told)!r}, \'a\').write(sys.stdin.read())"]'
+    job = make_job("crashing", ("--training.steps", "8", "--alerts.command", command))
     plant(
         job,
         Plant(rank=3, step=3, deed="raise", text="IndexError: index 512 is out of bounds"),
@@ -39,19 +47,24 @@ def test_a_crash_is_charged_to_its_cause_and_its_rank(make_job: MakeJob) -> None
     assert (fell.cause, fell.rank, fell.node, fell.fingerprint) == (Cause.WORKER_CRASH, 1, "node0", "SIGSEGV")
     assert (blame(raised), blame(fell)) == (Blame.USER, Blame.SOFTWARE)
     assert job.actions() == ["restart", "restart"]
+    alerts = [msgspec.json.decode(line, type=Alert) for line in told.read_text().splitlines()]
+    assert [alert.title for alert in alerts] == [
+        "user error rank 3 on node1: restart", "worker crash rank 1 on node0: restart", "is done",
+    ]  # fmt: skip
 
 
 WATCHDOG = "Process group watchdog thread terminated with exception: CUDA error: an illegal memory access"
 ECC = "RuntimeError: CUDA error: uncorrectable ECC error encountered"
 LAUNCH = "RuntimeError: CUDA error: unspecified launch failure"
+# The first needs a spare; the others make do without one.
 CRASHES = [
+    ("raise", ECC, Cause.CUDA_ERROR, "gpu: uncorrectable ECC error", Blame.HARDWARE),
     ("kill", "", Cause.WORKER_KILLED, "SIGKILL", Blame.UNKNOWN),
     ("abort", "std::terminate", Cause.WORKER_CRASH, "SIGABRT", Blame.SOFTWARE),
     ("bus error", "", Cause.WORKER_CRASH, "SIGBUS", Blame.UNKNOWN),
     ("exit", "7", Cause.WORKER_CRASH, "exit code 7", Blame.SOFTWARE),
     ("abort", WATCHDOG, Cause.CUDA_ERROR, "gpu: illegal memory access", Blame.SOFTWARE),
     ("raise", LAUNCH, Cause.CUDA_ERROR, "gpu: unspecified launch failure", Blame.UNKNOWN),
-    ("raise", ECC, Cause.CUDA_ERROR, "gpu: uncorrectable ECC error", Blame.HARDWARE),
     ("raise", "MemoryError: no more", Cause.OUT_OF_MEMORY, "MemoryError: no more", Blame.USER),
 ]
 
