@@ -21,11 +21,12 @@ from cluster.rundir import RunDir
 from cluster.tiers import NodeTiers
 from configs.schema import JobConfig
 from configs.timeouts import derive
+from health.logtext import shorten_log
 from trainer.events import Fact, HeartbeatFile, WorkerError, WorkerStart
 from trainer.paths import error_path, facts_path, heartbeat_path, rank_log, segments_dir, times_path
 from trainer.timings import NewSteps, TimesFile
 
-_LOG_TAIL_LINES = 40
+_LOG_TAIL_BYTES = 65536
 
 
 class Node:
@@ -158,7 +159,7 @@ class Node:
         """Everything known about how a worker ended."""
         error_file = error_path(self.ram_dir, local_rank)
         error = msgspec.json.decode(error_file.read_bytes(), type=WorkerError) if error_file.exists() else None
-        log_tail = _tail(self._log(local_rank), self.log_starts.get(local_rank, 0), _LOG_TAIL_LINES)
+        log_tail = shorten_log(_tail(self._log(local_rank), self.log_starts.get(local_rank, 0)))
         oom_scope = self.oom.scope() if signal_number == signal.SIGKILL else ""
         return WorkerExit(
             rank=self.first_rank() + local_rank,
@@ -166,7 +167,7 @@ class Node:
             exit_code=exit_code,
             signal_number=signal_number,
             error=error,
-            log_tail=tuple(log_tail),
+            log_tail=log_tail,
             oom_kill=oom_scope != "",
             # The file was written when the worker failed; that it has ended was seen only later.
             t_wall_s=error_file.stat().st_mtime if error else time.time(),
@@ -190,13 +191,13 @@ def _process_state(pid: int) -> str:
     return stat.rpartition(")")[2].split()[0]
 
 
-def _tail(path: Path, start: int, lines: int) -> list[str]:
+def _tail(path: Path, start: int) -> list[str]:
     """The last lines of a file, of those that were written behind byte `start`."""
     if not path.exists():
         return []
     with path.open("rb") as file:
-        file.seek(max(start, path.stat().st_size - 32768))
-        return file.read().decode(errors="replace").splitlines()[-lines:]
+        file.seek(max(start, path.stat().st_size - _LOG_TAIL_BYTES))
+        return file.read().decode(errors="replace").splitlines()
 
 
 def _size(path: Path) -> int:

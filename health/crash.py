@@ -9,40 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from health.cudatext import CudaError, find_cuda_error, named_device
+from health.logtext import GPU_OOM, KERNEL_OOM, OOM, PEER, last_words
 from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import Phase, WorkerError
 from trainer.exits import ExitCode
 
-EVIDENCE_LOG_LINES = 6
 _FINGERPRINT_CHARS = 200
 
 _NO_ROOM_BYTES = 1 << 20
 
 _OOM_TYPES = frozenset({"OutOfMemoryError", "MemoryError"})
-_OOM = re.compile(
-    r"out of memory|DefaultCPUAllocator: (can't|not enough)|can('t|not) allocate memory|std::bad_alloc"
-    r"|STATUS_ALLOC_FAILED",
-    re.IGNORECASE,
-)
-_GPU_OOM = re.compile(
-    r"\b(CUDA|HIP)\b.*out of memory|Cuda failure (\d+ )?'out of memory'|BLAS\w*_STATUS_ALLOC_FAILED", re.I
-)
-_KERNEL_OOM = re.compile(r"out of memory: kill(ed)? process|oom-kill:", re.IGNORECASE)
 
 _PEER_TYPES = frozenset({
     "DistNetworkError", "DistStoreError", "ConnectionResetError", "ConnectionRefusedError", "ConnectionAbortedError",
     "BrokenPipeError",
 })  # fmt: skip
-_PEER = re.compile(
-    r"connection (was )?(likely )?(closed|reset|refused|abort)|closed by (remote )?peer|broken pipe"
-    r"|socket (closed|timeout)|connection timed out|no route to host|host is unreachable"
-    r"|failed to (recv|send|connect)|connectFullMesh failed"
-    r"|timed out waiting|wait timeout|application timeout caused pair closure|remote process exited"
-    r"|failed to pass monitoredBarrier|client socket has (failed|timed out)"
-    r"|ncclRemoteError|remote process exiting|nccl communicator was aborted|got completion .*with (status|error)"
-    r"|watchdog caught collective operation timeout|collective operation timeout",
-    re.IGNORECASE,
-)
 _INPUT_TYPES = frozenset({"ConfigError", "ValueError"})
 _CRASH_SIGNALS = frozenset({
     signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS,
@@ -182,17 +163,17 @@ def _find(end: _End) -> _Finding:
     if end.error is not None:
         return _find_in_error(end.error, end.log_tail)
     if end.signal_number is not None and end.signal_number not in _CRASH_SIGNALS:
-        killed = _KERNEL_OOM.search(tail)
+        killed = KERNEL_OOM.search(tail)
         return _host_oom("the log has the kernel's out-of-memory killer") if killed else _Finding(Cause.WORKER_KILLED)
     if end.exit_code == ExitCode.BAD_INPUT:
         return _Finding(Cause.BAD_INPUT, Certainty.PROOF)
     if end.signal_number == signal.SIGBUS:
         return _find_bus_error(end)
-    if _OOM.search(tail):
-        return _find_oom(next(line for line in end.log_tail if _OOM.search(line)))
+    if OOM.search(tail):
+        return _find_oom(next(line for line in end.log_tail if OOM.search(line)))
     # NCCL's watchdog and gloo abort the process when a peer is gone: the abort is not this worker's fault.
     may_be_echo = end.signal_number in (None, signal.SIGABRT)
-    peer_at = _first_at(_PEER, end.log_tail) if may_be_echo else None
+    peer_at = _first_at(PEER, end.log_tail) if may_be_echo else None
     cuda = find_cuda_error(end.log_tail)
     if cuda is not None and (peer_at is None or _comes_before(cuda, peer_at)):
         return _cuda(cuda)
@@ -203,16 +184,16 @@ def _find(end: _End) -> _Finding:
 
 def _find_in_error(error: WorkerError, log_tail: Sequence[str]) -> _Finding:
     kind = _short_type(error.type)
-    if kind in _OOM_TYPES or _OOM.search(error.message):
+    if kind in _OOM_TYPES or OOM.search(error.message):
         found = _find_oom(error.message)
         return replace(found, mark="", certainty=Certainty.PROOF if kind in _OOM_TYPES else found.certainty)
     cuda = find_cuda_error(error.message.splitlines())
-    peer = kind in _PEER_TYPES or _PEER.search(error.message)
+    peer = kind in _PEER_TYPES or PEER.search(error.message)
     if cuda is not None and (not peer or cuda.trouble.certainty is not Certainty.HINT):
         return _cuda(cuda)
     if peer:
         # What the main thread saw may be an echo of what another thread of this very process logged before.
-        logged, peer_at = find_cuda_error(log_tail), _first_at(_PEER, log_tail)
+        logged, peer_at = find_cuda_error(log_tail), _first_at(PEER, log_tail)
         own = logged is not None and (peer_at is None or _comes_before(logged, peer_at))
         return _cuda(logged) if logged is not None and own else _Finding(Cause.PEER_LOST)
     early = error.phase in (Phase.STARTING, Phase.BUILDING)
@@ -235,7 +216,7 @@ def _cuda(cuda: CudaError) -> _Finding:
 
 
 def _find_oom(text: str) -> _Finding:
-    if not _GPU_OOM.search(text):
+    if not GPU_OOM.search(text):
         return _host_oom("memory of the host, not of a GPU")
     device = named_device(text)
     note = f"memory of {device or 'a GPU'}, not of the host"
@@ -284,8 +265,7 @@ def _evidence(end: _End, found: _Finding) -> tuple[str, ...]:
     if found.note:
         lines.append(found.note)
     if error is None:
-        tail = [line.rstrip() for line in end.log_tail if line.strip()]
-        lines.extend(f"log: {line}" for line in tail[-EVIDENCE_LOG_LINES:])
+        lines.extend(f"log: {line}" for line in last_words(end.log_tail))
     return tuple(lines)
 
 
