@@ -9,10 +9,11 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.agent import AgentState
 from cluster.fleet import AgentView
 from cluster.fleet_doctor import Answered, FleetDoctor, Wanted
 from cluster.matrix import PATIENCE_S, Matrix, NetworkReport
-from cluster.messages import AgentReport, AgentStatus, Measured
+from cluster.messages import AgentReport, AgentStatus, Measured, Order, Wish
 from cluster.rundir import RunDir
 from configs.schema import HealthConfig
 from health.examination import Machine, Version
@@ -138,3 +139,16 @@ def test_misfits_are_said_once(tmp_path: Path) -> None:
     assert "torch is 2.12 on n1, 2.13 on most nodes" in verdict.evidence
     assert doctor.misfits(views) == []
     assert FleetDoctor(a_run(tmp_path), HealthConfig(preflight=False)).misfits(views) == []
+
+
+def test_an_agent_learns_how_far_its_clock_is_off() -> None:
+    """The times in reports and orders are all that it takes; orders without them say nothing."""
+    state = AgentState("n1", "h", tuple)
+    plain = Order(ack_seq=0, wish=Wish.RUN, target_generation=0, plan=None)
+    state.take_order(plain)
+    assert state.clock.offset is None
+    sent_s = state.report().sent_wall_s
+    state.take_order(msgspec.structs.replace(plain, heard_wall_s=sent_s, sent_wall_s=sent_s + 30.0))
+    offset = state.clock.offset
+    assert offset is not None
+    assert abs(offset.seconds - 30.0) <= offset.error_s + 1e-6
