@@ -89,7 +89,7 @@ def flipped_activation(engine: Engine, times: int) -> Iterator[None]:
 
 
 class Share:
-    """Reads one dp rank's share of a step; `poison` makes its numbers infinite, wherever they are computed."""
+    """Reads one dp rank's share of a step, as a reader of the corpus would."""
 
     def __init__(self, engine: Engine, dp_rank: int) -> None:
         self.engine = engine
@@ -166,8 +166,17 @@ def undisturbed(world: World, config: JobConfig, folder: Path, steps: int) -> st
     return driver.told().digest
 
 
+def checked(world: World, config: JobConfig, folder: Path) -> tuple[str, Told]:
+    """Every step is compared and replayed, and nothing is wrong."""
+    right = undisturbed(world, config, folder, 3)
+    driver = Driver(world, config, folder, "checked", interval_steps=1, replay_interval_steps=1)
+    for step in range(1, 4):
+        driver.step(step)
+    return right, driver.told()
+
+
 def flips(world: World, config: JobConfig, folder: Path) -> tuple[str, Told]:
-    """Bits flip in rank 1's gradient (two scheduled steps), and in rank 2's activation; nothing of it may remain."""
+    """Bits flip on the way: in gradients of ranks 1 and 3, in what rank 2 activates, in clipped gradients of rank 0."""
     right = undisturbed(world, config, folder, 5)
     driver = Driver(world, config, folder, "flips", interval_steps=1, replay_interval_steps=1)
     driver.step(1)
@@ -177,5 +186,82 @@ def flips(world: World, config: JobConfig, folder: Path) -> tuple[str, Told]:
         driver.step(3)
     with flipped_activation(driver.engine, int(world.rank == 2)):
         driver.step(4)
-    driver.step(5)
+
+    def bend() -> None:
+        gradient = driver.engine.gradients()[-1]
+        if world.rank == 0 and gradient is not None:
+            flip(gradient, 3)
+
+    driver.step(5, held=bend)
     return right, driver.told()
+
+
+def flipped_state(world: World, config: JobConfig, folder: Path) -> list[Told]:
+    """A weight of rank 1, and in another run a moment of rank 2, flips between two updates."""
+    told = []
+    for name, guilty in (("weight", 1), ("moment", 2)):
+        driver = Driver(world, config, folder, name, interval_steps=2)
+        driver.step(1)
+        slot = driver.engine.optimizer.slots[-1]
+        tensor = slot.parameter if name == "weight" else slot.exp_avg_sq
+
+        def strike(tensor: Tensor = tensor, hit: bool = world.rank == guilty) -> None:
+            if hit:
+                flip(tensor, 2)
+
+        driver.stop(2, held=strike)
+        told.append(driver.told())
+    return told
+
+
+def drifted(world: World, config: JobConfig, folder: Path) -> Told:
+    """A weight of rank 2 flips where no two sums are around it: only its replicas can tell."""
+    driver = Driver(world, config, folder, "drifted", interval_steps=4)
+    for step in range(1, 6):
+        driver.step(step)
+    if world.rank == 2:
+        flip(driver.engine.optimizer.slots[-1].parameter, 20)
+    for step in range(6, 8):
+        driver.step(step)
+    driver.stop(8)
+    return driver.told()
+
+
+def always_wrong(world: World, config: JobConfig, folder: Path) -> Told:
+    """Rank 1's device computes one gradient wrong, each time alike."""
+    driver = Driver(world, config, folder, "always", interval_steps=0, replay_interval_steps=2)
+    with flipped_gradient(1_000_000 if world.rank == 1 else 0):
+        driver.step(1)
+        driver.stop(2)
+    return driver.told()
+
+
+def suspects(world: World, config: JobConfig, folder: Path) -> tuple[str, Told, Told]:
+    """Steps with odd numbers that nobody expected to replay: the data's doing, and a flip with and without a record."""
+    right = undisturbed(world, config, folder, 1)
+    driver = Driver(world, config, folder, "poison", interval_steps=1, replay_interval_steps=0)
+    driver.step(1)
+    with poisoned(driver.engine):
+        driver.step(2, suspect="not finite")
+    legitimate = driver.told()
+    driver = Driver(world, config, folder, "unrecorded", replay_interval_steps=0)
+    with flipped_gradient(int(world.rank == 3), EXPONENT):
+        driver.step(1, suspect="a spike")
+    with flipped_gradient(int(world.rank == 3), EXPONENT):
+        driver.step(2, suspect="a spike")
+    return right, legitimate, driver.told()
+
+
+@contextlib.contextmanager
+def poisoned(engine: Engine) -> Iterator[None]:
+    """The first sample of dp rank 1's share has infinite numbers, whoever computes it."""
+    poison = int(batch(engine, 2, 1)[0, 0])
+
+    def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output * torch.inf if int(args[0][0, 0]) == poison else output
+
+    handle = engine.parts[0].tok_embeddings.register_forward_hook(hook)  # type: ignore[union-attr,operator]
+    try:
+        yield
+    finally:
+        handle.remove()
