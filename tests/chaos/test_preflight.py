@@ -15,6 +15,7 @@ from health.examination import Examination, Grade
 from health.verdict import Verdict
 from tests.chaos.conftest import MakeJob
 from tests.chaos.jobs import Job
+from tests.chaos.storage import Volume
 
 pytestmark = pytest.mark.chaos
 
@@ -96,3 +97,32 @@ def test_a_spare_that_goes_bad_is_let_go(make_job: MakeJob, tmp_path: Path) -> N
     assert job.process is not None
     job.process.terminate()
     assert job.finish() == 75, job.said()
+
+
+@pytest.mark.long
+def test_a_disk_that_fails_under_a_run_is_noticed_and_costs_no_step(make_job: MakeJob, tmp_path: Path) -> None:
+    """Promise: probes and repeated tests say nothing of a healthy fleet; one node's disk that becomes read-only, as
+    kernels make one that fails, is that node's fault, and training goes on without it."""
+    job = make_job(
+        "worn-disk",
+        (
+            "--training.steps", "1000", "--checkpoint.node_dir", str(tmp_path), "--checkpoint.node_interval_steps", "2",
+            "--health.node_probe_interval_s", "0.5", "--health.selftest_interval_minutes", "0.03",
+        ),
+    )  # fmt: skip
+    with Volume(RunDir(job.run_dir.absolute()).node_root(str(tmp_path)) / "node1", 256 << 20) as disk:
+        job.start()
+        job.wait_for_step(20)
+        assert job.causes() == []
+        assert disk.read_only()
+        job.wait_until(lambda: job.causes() != [], "the accusation")
+        seen = max(record.step for record in job.steps())
+        job.wait_for_step(seen + 3)
+        (verdict,) = accused(job)
+        assert (verdict.cause, verdict.node, verdict.device) == ("node_fault", "node1", "node_dir")
+        assert "read-only" in verdict.evidence[0]
+        assert job.actions() == ["nothing"]
+        disk.writable()
+        assert job.process is not None
+        job.process.terminate()
+        assert job.finish() == 75, job.said()
