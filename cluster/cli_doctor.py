@@ -97,7 +97,7 @@ def _examine(command: Doctor) -> Examination:
             lambda: spawned_selftest(settings),
             lambda tests: [
                 own_loopback(),
-                *gpu_count_check(tests, command.gpus),
+                *gpu_count_check(tests, ranks=0, least=command.gpus),
                 *gpu_checks(visible, timeout_s=min(10.0, command.timeout_s)),
             ],
         )

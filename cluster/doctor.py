@@ -142,12 +142,13 @@ def installed_versions() -> tuple[Version, ...]:
     return tuple(found)
 
 
-def gpu_count_check(tests: SelfTest | None, wanted: int) -> list[Check]:
-    """Whether there is a GPU for each rank, if there are any; and none are missing behind a driver that is loaded."""
+def gpu_count_check(tests: SelfTest | None, ranks: int, least: int = 0) -> list[Check]:
+    """Whether there is a GPU for each rank, if there are any, and at least `least`; and whether a driver is loaded that
+    torch finds no GPU behind."""
     gpus = {result.device for result in tests.results if result.device != CPU} if tests else set()
     value = f"{len(gpus)} GPUs"
-    if gpus and len(gpus) < wanted:
-        detail = f"{value} for {wanted} ranks"
+    if len(gpus) < least or (gpus and len(gpus) < ranks):
+        detail = f"{value}, at least {least} are wanted" if len(gpus) < least else f"{value} for {ranks} ranks"
         return [Check(name="gpus", grade=Grade.FAIL, value=value, detail=detail)]
     if not gpus and _NVIDIA_DRIVER.exists():
         detail = "the driver is loaded, but torch finds no GPU: is it torch's CPU build, or did all GPUs fail?"
