@@ -50,6 +50,7 @@ class _Look:
     """One look at a worker."""
 
     state: str
+    runnable: int
     stack: str
     stack_from: str
     record: FlightRecord | None
@@ -121,6 +122,7 @@ def _about(ram_dir: Path, worker: Worker, number: int, deadline_s: float, limit:
         stack_from=second.stack_from,
         record_moved=first.record is not None and second.record is not None and _mark(first) != _mark(second),
         threads=_threads(worker.pid),
+        runnable=min(first.runnable, second.runnable),
         kernel=_kernel(worker.pid),
         problem=second.problem,
     )
@@ -135,7 +137,7 @@ def _about(ram_dir: Path, worker: Worker, number: int, deadline_s: float, limit:
 
 def _look(ram_dir: Path, worker: Worker, request: int, until_s: float) -> _Look:
     """Ask for a stack and the record at the same time, and take what comes by until_s."""
-    state = _state(worker.pid)
+    state, runnable = _state(worker.pid), _runnable(worker.pid)
     stacks, flight = stacks_path(ram_dir, worker.local_rank), flight_path(ram_dir, worker.local_rank)
     before = stacks.stat().st_size if stacks.exists() else 0
     problem = _ask_record(request_path(ram_dir, worker.local_rank), request)
@@ -148,12 +150,13 @@ def _look(ram_dir: Path, worker: Worker, request: int, until_s: float) -> _Look:
             # It is written line by line, and whole when nothing more comes.
             text = _new_stack(stacks, before)
             stack, growing = (text if text == growing else ""), text
-            record = record or _answer_in(flight, request)
+            if not record and not problem:
+                record, problem = _answer_in(flight, request)
             threading.Event().wait(_POLL_S)
     if stack:
-        return _Look(state, stack, "faulthandler", record, problem)
+        return _Look(state, runnable, stack, "faulthandler", record, problem)
     stack, trouble = _py_spy(worker.pid, max(0.2, until_s - time.monotonic()))
-    return _Look(state, stack, "py-spy" if stack else "", record, problem or trouble)
+    return _Look(state, runnable, stack, "py-spy" if stack else "", record, problem or trouble)
 
 
 def _ask_record(pipe: Path, request: int) -> str:
@@ -171,13 +174,15 @@ def _ask_record(pipe: Path, request: int) -> str:
     return ""
 
 
-def _answer_in(path: Path, request: int) -> FlightRecord | None:
-    """The record, if it is the answer to this request."""
+def _answer_in(path: Path, request: int) -> tuple[FlightRecord | None, str]:
+    """The record, if it is there and the answer to this request; or why it cannot be read."""
     try:
         record = decode_flight(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return record if record.request == request else None
+    except OSError:
+        return None, ""
+    except ValueError as error:
+        return None, f"the flight record cannot be read: {error}"
+    return (record if record.request == request else None), ""
 
 
 def _new_stack(path: Path, before: int) -> str:
@@ -227,6 +232,15 @@ def _state(pid: int) -> str:
 
 def _threads(pid: int) -> int:
     return int(_status(pid).get("Threads", "0"))
+
+
+def _runnable(pid: int) -> int:
+    """How many threads run or would run if they had a processor."""
+    found = 0
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            found += task.read_text().rpartition(")")[2].split()[0] == "R"
+    return found
 
 
 def _handles_usr2(pid: int) -> bool:

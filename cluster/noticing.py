@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 
 from cluster import suspicions
 from cluster.fleet import AgentView, ready_members
+from cluster.hangs import HangWatch
 from cluster.messages import AgentReport, Plan
 from cluster.scheduler import Scheduler
 from configs.schema import JobConfig
+from configs.timeouts import derive
+from health.straggler import Stragglers, peer_groups
 from health.verdict import Severity, Verdict
 from health.watchdog import Attention, Progress, lost_nodes
 
@@ -62,6 +65,13 @@ class Noticing:
         self.attention = Attention(now_s, config.health.heartbeat_timeout_s / 2)
         self.watching_since_s = now_s
         self.progress = Progress(0, {}, config.health, now_s)
+        self.stragglers = Stragglers({}, {}, config.health)
+        self.hangs = HangWatch(derive(config), {})
+
+    @property
+    def collect(self) -> int:
+        """The number of the evidence that all agents of the plan are asked for, 0 for none."""
+        return self.hangs.collect
 
     def expect(self, nodes: Iterable[str], now_s: float) -> None:
         """These agents were started, and owe a first word."""
@@ -78,10 +88,14 @@ class Noticing:
         world_size = len(plan.nodes) * plan.ranks_per_node
         ranks = {rank: plan.nodes[rank // plan.ranks_per_node] for rank in range(world_size)}
         self.progress = Progress(plan.generation, ranks, self.config.health, now_s)
+        self.stragglers = Stragglers(ranks, peer_groups(self.config), self.config.health)
+        self.hangs = HangWatch(derive(self.config), ranks)
 
     def hear(self, report: AgentReport, now_s: float) -> None:
         """What a member of the current generation says of its workers."""
         self.progress.feed(now_s, report.node, report.beats)
+        for each in report.times:
+            self.stragglers.feed(each.rank, each.steps)
 
     def look(self, now_s: float) -> None:
         """The supervisor looks now; whoever was silent while it did not is not to blame."""
@@ -109,11 +123,15 @@ class Noticing:
         return [Suspicion(suspicions.startup_timeout(node, step, timeout_s), time.time()) for node in missing]
 
     def standing_still(self, now_s: float) -> list[Suspicion]:
-        """A hang, if the workers of the current generation make no progress."""
-        hang = self.progress.judge(now_s)
+        """A hang, if the workers of the current generation make no progress and the evidence says so too."""
+        hang = self.hangs.consider(self.progress.standing(now_s), self.views, now_s)
         if hang is None:
             return []
-        return [Suspicion(hang, time.time() - (now_s - self.progress.last_advance_s))]
+        return [Suspicion(hang.verdict, time.time() - (now_s - self.progress.last_advance_s), hang.files)]
+
+    def slow(self, may_replace: bool) -> list[Suspicion]:
+        """What became slow in the steps that were told of since the last call. may_replace: there is a spare."""
+        return [Suspicion(verdict, time.time()) for verdict in self.stragglers.judge(may_replace)]
 
     def _agent_gone(self, node: str) -> Verdict:
         words = self.scheduler.last_words(node) if node not in self.views else ()

@@ -128,13 +128,11 @@ class _Case:
     def _about(self, rank: int) -> list[str]:
         """What is wrong with a late rank, who lacks it, and where it is."""
         each, node = self.known[rank], self.nodes[rank]
-        lacking = self.waits.of(rank)
-        waiters = sorted({other for waiting in lacking for other in waiting.ranks})
-        what = f"rank {rank} on {node} {_state_words(each)}"
-        if lacking:
-            verb = "waits" if len(waiters) == 1 else "wait"
-            what += f": {ranks_words(waiters)} {verb} for it in {_operation_words(lacking[0])}"
-        lines = [what]
+        waits = [
+            f"{ranks_words(lack.ranks)} wait{'s' * (len(lack.ranks) == 1)} for it in {_operation_words(lack)}"
+            for lack in self.waits.of(rank)[:_OPERATIONS]
+        ]
+        lines = [": ".join([f"rank {rank} on {node} {_state_words(each)}", *(["; ".join(waits)] if waits else [])])]
         if each.frames:
             lines.append(f"stack of rank {rank}, innermost first: {' < '.join(each.frames[:_FRAMES])}")
         if each.facts is not None and each.facts.kernel:
@@ -163,7 +161,7 @@ def _doubt(each: RankEvidence, phase: Phase | None) -> str:
     busy = facts.cpu_s > _BUSY * facts.looked_s
     if each.record is None:
         # Its interpreter is held: by a call that sleeps or spins, or for lack of a processor.
-        if facts.state == "R" and not busy:
+        if (facts.state == "R" or facts.runnable) and not busy:
             return f"rank {each.rank} gets no processor"
         return f"rank {each.rank} moves" if each.stack_moved else ""
     if facts.state == "R" or busy or each.stack_moved:

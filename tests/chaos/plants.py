@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -108,6 +110,42 @@ def _eat(text: str) -> None:
         eaten.append(bytearray(os.urandom(1 << 20)))
 
 
+def _sleep_before(text: str) -> None:
+    """Go on, up to the n-th communication in a group: `mesh_tp 3`; then never come to it."""
+    from tests.stuck import Before, sleep_for_ever
+
+    group, _, count = text.partition(" ")
+    Before(group, int(count), sleep_for_ever).__enter__()
+
+
+def _leave_out(_: str) -> None:
+    """Leave the next all-reduce over all ranks out, as a program with a bug would."""
+    import torch.distributed as dist
+
+    all_reduce = dist.all_reduce
+
+    def left_out(*_: Any, **__: Any) -> None:
+        dist.all_reduce = all_reduce
+
+    dist.all_reduce = left_out
+
+
+def _sleep(text: str) -> None:
+    threading.Event().wait(float(text) if text else None)
+
+
+def _compute(text: str) -> None:
+    """Be busy for so many seconds."""
+    until_s = time.monotonic() + float(text)
+    while time.monotonic() < until_s:
+        sum(range(10_000))
+
+
+def _hold_lock(_: str) -> None:
+    """Sleep in C without letting go of the interpreter's lock: no thread of this process runs any more."""
+    ctypes.PyDLL(None).sleep(10_000)
+
+
 DEEDS: dict[str, Callable[[str], None]] = {
     "raise": _raise,
     "exit": _exit,
@@ -117,4 +155,9 @@ DEEDS: dict[str, Callable[[str], None]] = {
     "kill": _kill,
     "eat": _eat,
     "flip gradient": flip_gradient,
+    "sleep": _sleep,
+    "sleep before": _sleep_before,
+    "leave out": _leave_out,
+    "hold lock": _hold_lock,
+    "compute": _compute,
 }

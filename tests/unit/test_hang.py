@@ -39,10 +39,10 @@ def standing(size: int, phase: Phase = Phase.FORWARD_BACKWARD) -> Standing:
     return Standing(verdict, "no rank advanced for 3.2 s", 0.0, 3.2, 3.0, 15.0, dict.fromkeys(range(size), phase))
 
 
-def facts(rank: int, state: str = "S", cpu_s: float = 0.0, moved: bool = False) -> ProcessFacts:
+def facts(rank: int, state: str = "S", cpu_s: float = 0.0, moved: bool = False, runnable: int = 0) -> ProcessFacts:
     return ProcessFacts(
         rank=rank, pid=100 + rank, state=state, cpu_s=cpu_s, looked_s=0.25, stack_from="faulthandler",
-        record_moved=moved,
+        record_moved=moved, runnable=runnable,
     )  # fmt: skip
 
 
@@ -155,6 +155,16 @@ def test_a_rank_that_computes_is_slow_and_not_hung() -> None:
         assert "computes" in found.doubt
     found = judge_hang(standing(2), nodes_of(2), pair(*LATE, moved=True))
     assert (found.verdict.rank, found.sure) == (1, False)
+
+
+def test_a_rank_without_a_processor_is_not_mute() -> None:
+    """Promise: on a machine that is overrun a rank may fail to answer: that is no proof of anything."""
+    evidence = pair(*LATE)
+    for starved in (facts(1, "R"), facts(1, "S", runnable=1)):
+        evidence[1] = RankEvidence(1, starved, None, join_looks([ASLEEP, ASLEEP]))
+        found = judge_hang(standing(2), nodes_of(2), evidence)
+        assert (found.verdict.rank, found.sure) == (1, False)
+        assert "no processor" in found.doubt
 
 
 def test_a_rank_that_waits_for_data_gets_the_longer_bound() -> None:
