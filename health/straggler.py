@@ -1,0 +1,258 @@
+"""Which rank is slow, or whether the network, the data source or everything is. Pure: step times in, verdicts out.
+
+In a synchronous job everybody waits for the slowest, so what a step takes says nothing about who took it. What is
+judged is each rank's own time, net of waiting, in logs: a rank is a straggler if it is above its own past and, in the
+same steps, further above it than its peers are above theirs. Peers are the ranks of one pipeline stage, which do the
+same work; a rank without any is compared with all others. What rises for everybody is judged apart: `health.slowness`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from configs.schema import HealthConfig, JobConfig
+from health.changes import LEARNT_AFTER, PAST, Alarm, Bounds, Noise, Past, bounds_for, percent
+from health.slowness import Common, own_s
+from health.verdict import Cause, Certainty, Severity, Verdict
+from trainer.events import StepTimes
+
+PARTS = ("data", "forward", "backward", "optimizer", "snapshot")
+SKIPPED_STEPS = 2
+"""A generation's first steps, in which kernels are compiled and memory is allocated."""
+
+_WINDOW_STEPS = 16
+_SETTLED = 4 * LEARNT_AFTER
+_SAMPLED = 64
+
+
+def peer_groups(config: JobConfig) -> dict[int, int]:
+    """The group of ranks that do the same work, by rank: its pipeline stage (ranks are numbered with pp outermost)."""
+    per_stage = config.world_size // config.parallelism.pp
+    return {rank: rank // per_stage for rank in range(config.world_size)}
+
+
+class _Rank:
+    """One rank: its past, its last steps, and whether it is slow."""
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self.past = Past()
+        self.undisturbed: deque[StepTimes] = deque(maxlen=PAST)
+        self.recent: deque[StepTimes] = deque(maxlen=_WINDOW_STEPS)
+        self.alarm = Alarm()
+        self.accused = False
+
+    def learn(self, times: StepTimes) -> None:
+        """Add an undisturbed step to the past."""
+        self.past.add(_log(own_s(times)))
+        self.undisturbed.append(times)
+
+    def usual_s(self, part: str) -> float:
+        """What a part of a step, or its total, used to take."""
+        return statistics.median(_seconds(times, part) for times in self.undisturbed)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """How noisy the steps of a group of peers are; what slowdown shows in it (0.2: 20%), and in how many steps."""
+
+    noise: float
+    slowdown: float
+    steps: int
+
+
+class Stragglers:
+    """One generation's ranks.
+
+    ranks: the node of each; groups: which ranks do the same work (`peer_groups`).
+    """
+
+    def __init__(self, ranks: Mapping[int, str], groups: Mapping[int, int], config: HealthConfig) -> None:
+        self._config = config
+        self._change = math.log1p(config.straggler_pct / 100)
+        self._ranks = {rank: _Rank(ranks[rank]) for rank in sorted(ranks)}
+        self._groups: dict[int, list[int]] = {}
+        for rank in self._ranks:
+            self._groups.setdefault(groups[rank], []).append(rank)
+        self._noise = {group: Noise() for group in self._groups}
+        self._common = Common(self._change, config.straggler_steps)
+        self._waiting: dict[int, dict[int, StepTimes]] = {}
+        self._judged = -1
+        self._begun = 0
+        self._compared = False
+
+    def feed(self, rank: int, steps: Sequence[StepTimes]) -> None:
+        """Take in what one report says of a rank; what was said before may be repeated."""
+        if rank in self._ranks:
+            for times in steps:
+                if times.step > self._judged:
+                    self._waiting.setdefault(times.step, {})[rank] = times
+
+    def judge(self, may_replace: bool) -> list[Verdict]:
+        """What is new about the steps that all ranks have told (or will not: some rank is 16 steps further).
+
+        may_replace: whether there is a spare, without which a slow node is only noted.
+        """
+        verdicts: list[Verdict] = []
+        for step in sorted(self._waiting):
+            by_rank = self._waiting[step]
+            if len(by_rank) < len(self._ranks) and step + _WINDOW_STEPS > max(self._waiting):
+                break
+            del self._waiting[step]
+            self._judged = step
+            self._begun += 1
+            if self._begun > SKIPPED_STEPS:
+                verdicts += self._judge_step(step, by_rank, may_replace)
+        return verdicts
+
+    def floors(self) -> dict[int, Floor]:
+        """What can be seen in each group by now; empty while too little is known."""
+        if self._begun < SKIPPED_STEPS + _SETTLED:
+            return {}
+        bounds = {group: self._bounds(group) for group in self._groups}
+        return {group: Floor(each.scale, math.expm1(each.change), each.steps) for group, each in bounds.items()}
+
+    def _bounds(self, group: int) -> Bounds:
+        return bounds_for(self._change, self._config.straggler_steps, self._noise[group].scale)
+
+    def _judge_step(self, step: int, by_rank: Mapping[int, StepTimes], may_replace: bool) -> list[Verdict]:
+        above = {}
+        for rank, times in by_rank.items():
+            self._ranks[rank].recent.append(times)
+            if self._ranks[rank].past.learnt:
+                above[rank] = _log(own_s(times)) - self._ranks[rank].past.median
+        verdicts = []
+        suspected = False
+        for group, members in self._groups.items():
+            bounds = self._bounds(group)
+            excess = _excess(above, [rank for rank in members if rank in above])
+            usual = self._noise[group].middle
+            for rank, value in excess.items():
+                if self._ranks[rank].alarm.add(step, value - usual, bounds):
+                    verdicts.append(self._slow(rank, step, bounds, above))
+                suspected = suspected or self._ranks[rank].alarm.suspects(bounds)
+            calm = [rank for rank in members[:_SAMPLED] if rank in excess and not self._ranks[rank].alarm.ringing]
+            if calm:
+                self._noise[group].add({rank: excess[rank] for rank in calm}, bounds.cap)
+        for rank, times in by_rank.items():
+            if not self._ranks[rank].alarm.ringing:
+                self._ranks[rank].learn(times)
+        verdicts += self._common.judge(step, by_rank, suspected)
+        return verdicts + self._compare_from_the_first(step) + self._persisting(step, may_replace)
+
+    def _slow(self, rank: int, step: int, bounds: Bounds, above: Mapping[int, float]) -> Verdict:
+        it = self._ranks[rank]
+        peers = self._peers(rank)
+        now = [times for times in it.recent if times.step >= it.alarm.since]
+        before_s, now_s = math.exp(it.past.median), statistics.fmean(own_s(times) for times in now)
+        others = statistics.median(above[peer] for peer in peers if peer in above)
+        rises = {part: _mean(now, part) - it.usual_s(part) for part in PARTS}
+        part = max(rises, key=lambda name: rises[name])
+        share = rises[part] / max(sum(rise for rise in rises.values() if rise > 0), 1e-9)
+        evidence = (
+            f"rank {rank} on {it.node} works {now_s:.4g} s a step instead of {before_s:.4g} s "
+            f"({percent(now_s / before_s - 1)}), since step {it.alarm.since}; "
+            f"its {len(peers)} peers {percent(math.expm1(others))} in step {step}",
+            f"slow is its {part}: {_mean(now, part):.4g} s instead of {it.usual_s(part):.4g} s, "
+            f"{percent(share)} of the difference",
+            bounds.words(),
+        )
+        return self._verdict(rank, step, evidence, (now_s - before_s) / max(it.usual_s("total"), 1e-9))
+
+    def _persisting(self, step: int, may_replace: bool) -> list[Verdict]:
+        """Ranks that were noted and stay slow: their node may go, once for each time it became slow."""
+        verdicts = []
+        for rank, it in self._ranks.items():
+            if not it.alarm.ringing:
+                it.accused = False
+            elif may_replace and not it.accused and step - it.alarm.rang_at >= self._config.straggler_persist_steps:
+                it.accused = True
+                now_s = statistics.median(own_s(times) for times in it.recent)
+                before_s = math.exp(it.past.median)
+                line = (
+                    f"rank {rank} on {it.node} has been slow since step {it.alarm.since}: {now_s:.4g} s a step instead "
+                    f"of {before_s:.4g} s ({percent(now_s / before_s - 1)}), and its peers have not"
+                )
+                verdict = self._verdict(rank, step, (line,), (now_s - before_s) / max(it.usual_s("total"), 1e-9))
+                verdicts.append(_escalated(verdict))
+        return verdicts
+
+    def _compare_from_the_first(self, step: int) -> list[Verdict]:
+        """Ranks that were slower than their peers from the beginning, told once: unequal work, or an unequal device."""
+        if self._compared or self._begun < SKIPPED_STEPS + _SETTLED:
+            return []
+        self._compared = True
+        verdicts = []
+        for group, members in self._groups.items():
+            usual = {rank: self._ranks[rank].past.median for rank in members if self._ranks[rank].past.learnt}
+            doubt = 6.0 * self._noise[group].scale / math.sqrt(_SETTLED)
+            for rank in usual if len(usual) > 1 else ():
+                others = statistics.median(value for peer, value in usual.items() if peer != rank)
+                if usual[rank] - others > max(self._change / 2, doubt) and not self._ranks[rank].alarm.ringing:
+                    own, peers = math.exp(usual[rank]), math.exp(others)
+                    line = (
+                        f"rank {rank} on {self._ranks[rank].node} has worked {own:.4g} s a step from the first steps "
+                        f"on, its {len(usual) - 1} peers {peers:.4g} s: its work or its device is unlike theirs"
+                    )
+                    slowdown = (own - peers) / max(self._ranks[rank].usual_s("total"), 1e-9)
+                    verdicts.append(self._verdict(rank, step, (line,), slowdown))
+        return verdicts
+
+    def _peers(self, rank: int) -> list[int]:
+        for members in self._groups.values():
+            if rank in members and len(members) > 1:
+                return [each for each in members if each != rank]
+        return [each for each in self._ranks if each != rank]
+
+    def _verdict(self, rank: int, step: int, evidence: tuple[str, ...], slowdown: float) -> Verdict:
+        return Verdict(
+            node=self._ranks[rank].node,
+            rank=rank,
+            cause=Cause.STRAGGLER,
+            severity=Severity.NOTICE,
+            step=step,
+            fingerprint=Cause.STRAGGLER.value,
+            evidence=evidence,
+            certainty=Certainty.HINT,
+            slowdown=max(0.0, slowdown),
+        )
+
+
+def _log(seconds: float) -> float:
+    return math.log(max(seconds, 1e-6))
+
+
+def _seconds(times: StepTimes, part: str) -> float:
+    return float(getattr(times, f"{part}_s"))
+
+
+def _mean(steps: Sequence[StepTimes], part: str) -> float:
+    return statistics.fmean(_seconds(times, part) for times in steps)
+
+
+def _excess(above: Mapping[int, float], members: Sequence[int]) -> dict[int, float]:
+    """By rank, how far it is above its past and above its peers, whichever is less; peers: see the module."""
+    pool = members if len(members) > 1 else list(above)
+    ordered = sorted(above[rank] for rank in pool)
+    if len(ordered) < 2:
+        # A job of one rank: there is only its past.
+        return {rank: above[rank] for rank in members}
+    return {rank: min(above[rank], above[rank] - _median_without(ordered, above[rank])) for rank in members}
+
+
+def _median_without(ordered: Sequence[float], value: float) -> float:
+    """The median of sorted values, one that equals `value` left out."""
+    place, count = bisect.bisect_left(ordered, value), len(ordered) - 1
+    low, high = ((count - 1) // 2, count // 2)
+    return (ordered[low + (low >= place)] + ordered[high + (high >= place)]) / 2
+
+
+def _escalated(verdict: Verdict) -> Verdict:
+    return msgspec.structs.replace(verdict, severity=Severity.NODE, certainty=Certainty.LIKELY)
