@@ -328,6 +328,9 @@ class Supervisor:
         found = self.noticing.standing_still(now) if self.plan is not None else self._missing(now)
         for suspicion in found:
             self.suspect(suspicion)
+        if self.plan is not None:
+            for suspicion in self.noticing.slow(may_replace=bool(self.state.spares)):
+                self.accuse(suspicion)
 
     def _missing(self, now: float) -> Sequence[Suspicion]:
         return self.noticing.missing(self.members, self.target_generation, self.gathering_since_s, now)
