@@ -1,16 +1,14 @@
 """Known-answer tests of this machine's devices: `python -m parallelism.selftest` prints a `SelfTest` as JSON.
 
-Matrices of small integers are multiplied in floating point. Every product and partial sum is exact in the type that
-holds it, so the order of sums does not matter, there is one right answer on every device, and it is stored here. Each
-device, and each rank of a short collective, is tested in a forked child: what hangs or dies there is a result.
-Importing this costs nothing; torch is loaded by `examine`.
+Products with a stored answer (`parallelism.known_answers`), memory, and a short collective. Each device, and each rank
+of the collective, is tested in a forked child: what hangs or dies there is a result. Importing this costs nothing;
+torch is loaded by `examine`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -24,12 +22,10 @@ from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
-if TYPE_CHECKING:
-    import torch
+from parallelism.known_answers import PROBLEMS, Problem, digest, integers, multiply, operands
 
 CPU = "cpu"
 _PR_SET_PDEATHSIG = 1
@@ -87,53 +83,6 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """left (rows x inner) times right (inner x columns), integers up to left_max and right_max in `dtype`.
-
-    sparse: one nonzero in each row of left, so that right may fill the whole mantissa. answer: sha256 of the product's
-    int64 bytes, its first 16 digits.
-    """
-
-    dtype: str
-    rows: int
-    inner: int
-    columns: int
-    left_max: int
-    right_max: int
-    answer: str
-    sparse: bool = False
-
-
-PROBLEMS = (
-    Problem(
-        dtype="float64", rows=128, inner=256, columns=128, left_max=2**20, right_max=2**20, answer="dfb5f812c6c09dbb"
-    ),
-    Problem(dtype="float32", rows=256, inner=512, columns=256, left_max=1023, right_max=15, answer="3d0ceda3ba3c5892"),
-    Problem(dtype="bfloat16", rows=256, inner=256, columns=256, left_max=1, right_max=1, answer="7af79a53e69f321c"),
-    Problem(
-        dtype="bfloat16",
-        rows=256,
-        inner=128,
-        columns=256,
-        left_max=1,
-        right_max=255,
-        answer="08555c16ddb7762f",
-        sparse=True,
-    ),
-    Problem(dtype="float16", rows=256, inner=512, columns=256, left_max=2, right_max=2, answer="5512e5354cd3184e"),
-    Problem(
-        dtype="float16",
-        rows=256,
-        inner=128,
-        columns=256,
-        left_max=1,
-        right_max=2047,
-        answer="339ee2500c7cd6aa",
-        sparse=True,
-    ),
-)
-
-
 def examine(settings: Settings) -> SelfTest:
     """Run all tests. Nothing that a device does ends this process; it takes timeout_s and a little at most."""
     import torch.distributed  # noqa: F401  once here, not once in each child
@@ -166,46 +115,6 @@ def child(connection: Connection, settings: Settings) -> None:
     _die_with_parent()
     with contextlib.redirect_stdout(sys.stderr):
         connection.send_bytes(msgspec.json.encode(examine(settings)))
-
-
-def multiply(problem: Problem, device: str) -> torch.Tensor:
-    """The product on a device, as int64 on the host. A result that is no integer becomes one that is wrong."""
-    import torch
-
-    left, right = operands(problem)
-    dtype = getattr(torch, problem.dtype)
-    product = torch.mm(left.to(dtype).to(device), right.to(dtype).to(device))
-    whole = product.to("cpu").to(torch.float64)
-    wrong = ~torch.isfinite(whole) | (whole != whole.round())
-    return torch.where(wrong, torch.full_like(whole, -(2.0**60)), whole).to(torch.int64)
-
-
-def operands(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both factors, int64 on the host: the same on every machine."""
-    import torch
-
-    left = _integers(1, problem.rows * problem.inner, problem.left_max).view(problem.rows, problem.inner)
-    right = _integers(2, problem.inner * problem.columns, problem.right_max).view(problem.inner, problem.columns)
-    if problem.sparse:
-        rows = torch.arange(problem.rows)
-        signs = 1 - 2 * (rows % 2)
-        left = torch.zeros_like(left)
-        left[rows, rows * 37 % problem.inner] = signs
-    return left, right
-
-
-def digest(product: torch.Tensor) -> str:
-    """What `Problem.answer` holds."""
-    return hashlib.sha256(product.contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
-def _integers(seed: int, count: int, largest: int) -> torch.Tensor:
-    """Integers from -largest to largest, by a hash of their place: no generator's stream that may change."""
-    import torch
-
-    mixed = (torch.arange(count) * 2654435761 + seed * 40503) & 0x7FFFFFFF
-    mixed = ((mixed ^ (mixed >> 15)) * 2246822519) >> 16 & 0x7FFFFFFF
-    return (mixed ^ (mixed >> 13)) % (2 * largest + 1) - largest
 
 
 # In children ----------------------------------------------------------------------------------------------------------
@@ -333,9 +242,9 @@ def _collective(rank: int, size: int, device: str, store: Path, timeout_s: float
         world_size=size,
         timeout=timedelta(seconds=timeout_s),
     )
-    mine = _integers(10 + rank, _ELEMENTS, 1000).to(torch.float32).to(device)
+    mine = integers(10 + rank, _ELEMENTS, 1000).to(torch.float32).to(device)
     dist.all_reduce(mine)
-    answer = sum(_integers(10 + peer, _ELEMENTS, 1000) for peer in range(size))
+    answer = sum(integers(10 + peer, _ELEMENTS, 1000) for peer in range(size))
     wrong = int((mine.cpu().to(torch.int64) != answer).sum())
     dist.destroy_process_group()
     detail = f"{wrong:,} of {_ELEMENTS:,} sums are wrong" if wrong else f"all-reduce over {size} ranks, {backend}"

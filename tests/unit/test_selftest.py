@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from parallelism.selftest import CPU, PROBLEMS, Problem, Result, Settings, digest, examine, operands
+from parallelism.known_answers import PROBLEMS, Problem, digest, operands
+from parallelism.selftest import CPU, Result, Settings, examine
 
 SMALL = Settings(cpu_mib=1, timeout_s=60.0, collective=False)
 
