@@ -19,9 +19,9 @@ from trainer.exits import ExitCode
 if TYPE_CHECKING:
     from cluster.events import AnyEvent
     from cluster.history import HistoryFile, NodeId
+    from cluster.jobstate import JobState
     from cluster.lemons import Standing
     from cluster.rundir import RunDir
-    from cluster.state import JobState
 
 _LINE_CHARS = 240
 _COLUMNS = ("node", "place", "failures", "evicted", "node-days", "per 1,000 node-days", "why")
@@ -96,7 +96,7 @@ def _show_run(command: Nodes, console: Console) -> int:
 def _in_run(name: str, state: JobState, events: Sequence[AnyEvent], run_dir: RunDir) -> tuple[str, str]:
     """A node's place in a run, and why it is there."""
     from cluster.events import NodeEvicted, Place
-    from cluster.state import NodeStatus
+    from cluster.jobstate import NodeStatus
 
     status, before = state.status(name), state.remembered.get(name)
     told = f"; from before: {before.reason}" if before and before.place is not Place.MEMBER else ""

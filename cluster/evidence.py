@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import msgspec
 
 from cluster.events import Place, VerdictGiven
+from cluster.jobstate import Failure, JobState
 from cluster.policy_words import duration
-from cluster.state import Failure, JobState
 from health.verdict import Cause, Certainty, Severity, Verdict
 
 GONE = (Cause.NODE_LOST, Cause.PREEMPTED)

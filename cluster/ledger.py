@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from cluster.events import ActionTaken, AnyEvent, VerdictGiven
-from cluster.state import RESTARTING_ACTIONS
+from cluster.jobstate import RESTARTING_ACTIONS
 from cluster.timeline import TimeCause, Timeline, cut
 from health.verdict import Severity
 from trainer.events import StepRecord

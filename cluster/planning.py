@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cluster.fleet import AgentView, common_snapshot, gatherings
+from cluster.jobstate import JobState
 from cluster.messages import Gather, Plan
-from cluster.state import JobState
 
 
 def make_plan(

@@ -9,10 +9,10 @@ from __future__ import annotations
 from cluster.actions import Action, Decision, Evict, Nothing, Replace, Restart, Stop
 from cluster.events import VerdictGiven
 from cluster.evidence import GONE, Weight, goes_on, verdicts_of, weigh, worst
+from cluster.jobstate import Failure, JobState, NodeStatus
 from cluster.policy_numbers import Refusal, decide_numbers, facts_about
 from cluster.policy_pricing import Price, price
 from cluster.policy_words import fact, ordinal, quote, what
-from cluster.state import Failure, JobState, NodeStatus
 from configs.schema import JobConfig
 from health.crash import first_cause
 from health.verdict import Cause, Certainty, Severity, Verdict

@@ -8,8 +8,8 @@ from __future__ import annotations
 import msgspec
 
 from cluster.events import Back
+from cluster.jobstate import JobState
 from cluster.policy_words import ordinal, what
-from cluster.state import JobState
 from configs.schema import JobConfig
 from health.verdict import Cause, Severity, Verdict
 from trainer.events import Fact

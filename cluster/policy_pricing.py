@@ -30,8 +30,8 @@ import math
 import msgspec
 
 from cluster.evidence import Weight
+from cluster.jobstate import JobState
 from cluster.policy_words import duration
-from cluster.state import JobState
 from configs.schema import JobConfig
 from health.verdict import Certainty
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from cluster.actions import Decision, action_event
 from cluster.events import ActionTaken, AnyEvent, VerdictGiven
+from cluster.jobstate import JobState
 from cluster.policy import decide
-from cluster.state import JobState, apply
+from cluster.state import apply
 from configs.schema import JobConfig
 
 

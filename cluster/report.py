@@ -10,8 +10,9 @@ import msgspec
 
 from cluster.events import AnyEvent
 from cluster.incidents import write_whole
+from cluster.jobstate import HARMLESS_ACTIONS, Incident, JobState
 from cluster.ledger import Goodput, IncidentCost, account
-from cluster.state import HARMLESS_ACTIONS, Incident, JobState, replay
+from cluster.state import replay
 from cluster.stepline import UNKNOWN, format_duration
 from cluster.timeline import TimeCause
 from configs.schema import JobConfig

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cluster import events
 from cluster.history import HistoryFile, history_path
+from cluster.jobstate import RESTARTING_ACTIONS, JobState
 from cluster.journal import Journal, read_events
 from cluster.keys import make_or_read_keys, make_transfer_key
 from cluster.lemons import Standing, standings
@@ -20,7 +21,7 @@ from cluster.messages import Plan
 from cluster.remembering import Remembering, remembered
 from cluster.rundir import Endpoint, RunDir, write_atomically
 from cluster.scheduler import Scheduler
-from cluster.state import RESTARTING_ACTIONS, JobState, replay
+from cluster.state import replay
 from cluster.supervisor import Supervisor, Watcher
 from cluster.wire import SupervisorSocket
 from configs.load import ConfigError, Problem, describe_changes, load_job, resolve_toml

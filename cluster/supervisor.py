@@ -20,6 +20,7 @@ from cluster.evidence import worth_telling
 from cluster.fleet import AgentView, all_finished, first_members, ready_members
 from cluster.fleet_doctor import FleetDoctor
 from cluster.incidents import write_incident
+from cluster.jobstate import JobState
 from cluster.journal import Journal
 from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
 from cluster.noticing import Noticing, OpenIncident, Suspicion
@@ -29,7 +30,7 @@ from cluster.policy import decide, leftover
 from cluster.policy_numbers import Rollback
 from cluster.rundir import RunDir
 from cluster.scheduler import Scheduler
-from cluster.state import JobState, apply
+from cluster.state import apply
 from cluster.wire import SupervisorSocket
 from configs.schema import JobConfig
 from health.crash import first_cause

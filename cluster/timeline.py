@@ -23,7 +23,7 @@ from cluster.events import (
     VerdictGiven,
     WorkersReported,
 )
-from cluster.state import HARMLESS_ACTIONS
+from cluster.jobstate import HARMLESS_ACTIONS
 from health.verdict import Severity
 from trainer.events import Fact, FactKind, StepRecord
 

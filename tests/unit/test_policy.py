@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from cluster.actions import Action, Decision, Evict, Nothing, Replace, Restart, Stop, action_event
 from cluster.events import NodeEvicted, VerdictGiven
+from cluster.jobstate import JobState, NodeStatus
 from cluster.policy import decide
-from cluster.state import JobState, NodeStatus, apply, replay
+from cluster.state import apply, replay
 from health.verdict import Cause, Severity, Verdict
 from tests.unit import stories
 from tests.unit.stories import job, verdict

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from cluster.actions import Decision, Evict, Nothing, Replace, Restart, Stop
 from cluster.events import NodeRemembered, Place, VerdictGiven
 from cluster.evidence import GONE, goes_on
+from cluster.jobstate import JobState
 from cluster.policy import decide, leftover
 from cluster.policy_pricing import spare_cost_s
 from cluster.rehearsal import rehearse
-from cluster.state import JobState, apply, replay
+from cluster.state import apply, replay
 from configs.schema import JobConfig
 from health.verdict import Cause, Certainty, Severity, Verdict
 from tests.unit import stories

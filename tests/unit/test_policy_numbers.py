@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from cluster.actions import Stop, action_event
 from cluster.events import ActionTaken, WorkersReported
 from cluster.fleet import common_snapshot
+from cluster.jobstate import JobState
 from cluster.policy import decide
 from cluster.policy_numbers import Rollback
-from cluster.state import JobState, apply, replay
+from cluster.state import apply, replay
 from configs.schema import DataConfig, JobConfig, LeaveOut, NumbersConfig
 from health.verdict import Cause, Severity, Verdict
 from tests.unit import stories

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.events import AgentStarted, AnyEvent, NodeEvicted, NodeFinished, SupervisorTookOver
+from cluster.jobstate import JobState, NodeStatus
 from cluster.journal import Journal, read_events, read_steps, tail, tail_steps
-from cluster.state import JobState, NodeStatus, apply, replay
+from cluster.state import apply, replay
 from health.verdict import Cause, Severity
 from tests.unit import stories
 from tests.unit.stories import verdict
