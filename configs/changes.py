@@ -25,6 +25,7 @@ _ALLOWED = {
     "validation": "measuring does not change the training; losses on other samples do not compare with earlier ones",
     "s3": "where snapshots are also kept does not change the training",
     "health": "how failures are noticed does not change the training",
+    "integrity": "how often numbers are checked does not change them",
     "numbers": "later steps are judged by it; what was skipped or left out stays so",
     "telemetry": "what is logged does not change the training",
     "alerts": "who is told does not change the training",
