@@ -261,12 +261,12 @@ class NumbersConfig(Section, frozen=True, kw_only=True):
     """`[numbers]`: when a step's numbers are out of line, and what follows.
 
     An update is left out if the loss or the gradient norm is not finite, or lies more than spike_z deviations (0: no
-    such bound) above the median of the last window_steps applied steps; not before step warmup_steps, and not while
-    fewer than half as many steps are known. After max_skips such steps among skip_window_steps (0: never) the run
-    goes back to before the first of them and leaves out their batches, up to the first sane one, at most
-    max_stretch_steps of them. If the trouble comes back at the same place, it goes back back_steps further each time,
-    and stops with the next after max_rollbacks. Every layers_interval_steps (0: never) the gradients of each layer and
-    the load of each expert are looked at.
+    such bound) above the median of the last window_steps applied steps, or if the loss lies so far, and half, above
+    its lowest median; not before step warmup_steps, and not while fewer than half of window_steps are known. After
+    max_skips such steps among skip_window_steps (0: never) the run goes back to before the first of them and leaves
+    out their batches, up to the first sane one, at most max_stretch_steps of them. If the trouble comes back at the
+    same place, it goes back back_steps further each time, and stops with the next after max_rollbacks. Every
+    layers_interval_steps (0: never) the gradients of each layer and the load of each expert are looked at.
     """
 
     window_steps: Annotated[int, msgspec.Meta(ge=4, le=256)] = 64

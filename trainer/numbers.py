@@ -7,6 +7,7 @@ snapshot: a run that was restarted decides as it would have without.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import median
 
 import msgspec
@@ -21,6 +22,8 @@ _NORMAL = 1.4826
 # Least deviation, in parts of the value: what is steadier than this still moves so much when nothing is wrong.
 _LOSS_FLOOR = 0.02
 _GRAD_NORM_FLOOR = 0.2
+# A loss that is so many times its lowest median is out of line, however slowly it got there.
+_LOST = 1.5
 _TINY = 1e-30
 
 
@@ -45,17 +48,29 @@ class Stretch(msgspec.Struct, frozen=True):
         return self.last - self.first + 1
 
 
+class Level(msgspec.Struct, frozen=True):
+    """Where a window of values lies, on a logarithmic scale: its median, and the deviation around that."""
+
+    middle: float
+    spread: float
+
+    def z(self, value: float) -> float:
+        """How many deviations a value lies above the median."""
+        return (_log(value) - self.middle) / self.spread
+
+
 class WatchState(msgspec.Struct, frozen=True):
     """All that the watch knows, as plain values.
 
     losses, grad_norms: of the newest applied steps, oldest first. bad: newest bad steps, oldest first. oddity: what
-    the last of them was.
+    the last of them was. lowest: the level of the window with the lowest median loss so far.
     """
 
     losses: tuple[float, ...] = ()
     grad_norms: tuple[float, ...] = ()
     bad: tuple[int, ...] = ()
     oddity: Oddity = Oddity.SPIKE
+    lowest: Level | None = None
 
 
 class NumbersWatch:
@@ -76,20 +91,22 @@ class NumbersWatch:
         """What is wrong with a step's global loss and gradient norm (before clipping); None if nothing is."""
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return Finding(Oddity.NONFINITE, step, f"not finite: loss {loss:g}, gradient norm {grad_norm:g}")
-        known = len(self.state.losses)
-        if not self._config.spike_z or step <= self._config.warmup_steps or 2 * known < self._config.window_steps:
+        if not self._config.spike_z or step <= self._config.warmup_steps or not self._knows_enough():
             return None
-        words = []
-        for name, value, window, floor in (
-            ("loss", loss, self.state.losses, _LOSS_FLOOR),
-            ("gradient norm", grad_norm, self.state.grad_norms, _GRAD_NORM_FLOOR),
-        ):
-            z = robust_z(value, window, floor)
-            if z > self._config.spike_z:
-                words.append(f"{name} {value:.4g} is {z:.0f} deviations above {median(window):.4g}")
-        if not words:
-            return None
-        return Finding(Oddity.SPIKE, step, f"{', '.join(words)}, the median of the last {known} applied steps")
+        state, known = self.state, f"the median of the last {len(self.state.losses)} applied steps"
+        words = [
+            f"{name} {value:.4g} is {level.z(value):.0f} deviations above {math.exp(level.middle):.4g}, {known}"
+            for name, value, level in (
+                ("loss", loss, level_of(state.losses, _LOSS_FLOOR)),
+                ("gradient norm", grad_norm, level_of(state.grad_norms, _GRAD_NORM_FLOOR)),
+            )
+            if level.z(value) > self._config.spike_z
+        ]
+        lowest = state.lowest
+        if not words and lowest is not None and lowest.z(loss) > self._config.spike_z:
+            times = math.exp(_log(loss) - lowest.middle)
+            words += [f"loss {loss:.4g} is {times:.1f} times its lowest median so far"] if times > _LOST else []
+        return Finding(Oddity.SPIKE, step, "; ".join(words)) if words else None
 
     def applied(self, step: int, loss: float, grad_norm: float) -> Stretch | None:
         """The step's update was applied. Returns what shall be left out, if a bad stretch has just ended."""
@@ -99,12 +116,19 @@ class NumbersWatch:
             losses=(*self.state.losses, loss)[-size:],
             grad_norms=(*self.state.grad_norms, grad_norm)[-size:],
         )
+        if self._knows_enough():
+            level, lowest = level_of(self.state.losses, _LOSS_FLOOR), self.state.lowest
+            if lowest is None or level.middle < lowest.middle:
+                self.state = msgspec.structs.replace(self.state, lowest=level)
         return self._look_back(step, ended=True)
 
     def skipped(self, finding: Finding) -> Stretch | None:
         """The step's update was left out. Returns what shall be left out, if the bad stretch may not grow further."""
         self.state = msgspec.structs.replace(self.state, bad=(*self.state.bad, finding.step), oddity=finding.oddity)
         return self._look_back(finding.step, ended=finding.step >= self._last_step)
+
+    def _knows_enough(self) -> bool:
+        return 2 * len(self.state.losses) >= self._config.window_steps
 
     def _look_back(self, step: int, ended: bool) -> Stretch | None:
         """A stretch is bad with max_skips bad steps among skip_window_steps; it ends with the first good step."""
@@ -118,13 +142,16 @@ class NumbersWatch:
         return None
 
 
-def robust_z(value: float, window: tuple[float, ...], floor: float) -> float:
-    """How many deviations a value lies above the median of the window, on a logarithmic scale.
+def level_of(window: Sequence[float], floor: float) -> Level:
+    """Median and deviation of the window's logarithms; floor: the least deviation.
 
-    Deviations are taken from the median absolute one, which a few outliers do not move, and are at least `floor`. On a
-    logarithmic scale the noise of a loss or a norm is about as wide above its median as below, however large it is.
+    The deviation is taken from the median absolute one, which a few outliers do not move. On a logarithmic scale the
+    noise of a loss or a norm is about as wide above its median as below, however large it is.
     """
-    logs = [math.log(max(each, _TINY)) for each in window]
+    logs = [_log(each) for each in window]
     middle = median(logs)
-    spread = _NORMAL * median([abs(each - middle) for each in logs])
-    return (math.log(max(value, _TINY)) - middle) / max(spread, floor)
+    return Level(middle, max(_NORMAL * median([abs(each - middle) for each in logs]), floor))
+
+
+def _log(value: float) -> float:
+    return math.log(max(value, _TINY))

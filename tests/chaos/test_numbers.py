@@ -130,7 +130,7 @@ def test_a_learning_rate_that_is_too_high_stops_the_run_with_the_reason(make_job
     """Promise: numbers that leap whatever the data is are not answered for ever: the run goes back further each time,
     then stops, and blames neither the data nor a node."""
     options = (
-        *SMALL, "--training.steps", "60", "--optimizer.lr", "1.0", "--optimizer.warmup_steps", "400",
+        *SMALL, "--training.steps", "40", "--optimizer.lr", "3.0", "--optimizer.warmup_steps", "40",
         "--numbers.max_stretch_steps", "4", "--numbers.max_rollbacks", "2", "--numbers.back_steps", "3",
         "--numbers.spike_z", "5",
     )  # fmt: skip
