@@ -31,7 +31,7 @@ def check_job(config: JobConfig) -> list[Problem]:
         problems.append(Problem("model.flavor", config.model.flavor, what))
     problems += check_layout(config, facts)
     problems += _check_validation(config) + _check_optimizer(config) + check_alerts(config)
-    return problems + _check_checkpoint(config) + check_timeouts(config)
+    return problems + _check_checkpoint(config) + _check_numbers(config) + check_timeouts(config)
 
 
 def check_files(config: JobConfig) -> list[Problem]:
@@ -93,6 +93,19 @@ def _check_data(config: JobConfig) -> list[Problem]:
     if not config.data.sets:
         return [Problem("data.sets", (), "there is no data; add [[data.sets]] with path = ... of a prepared corpus")]
     return []
+
+
+def _check_numbers(config: JobConfig) -> list[Problem]:
+    numbers = config.numbers
+    problems = []
+    for key, among in (
+        ("skip_window_steps", numbers.skip_window_steps),
+        ("max_stretch_steps", numbers.max_stretch_steps),
+    ):
+        if numbers.max_skips > among:
+            what = f"there are never {numbers.max_skips} bad steps (numbers.max_skips) among {among}; "
+            problems.append(Problem(f"numbers.{key}", among, f"{what}set at least {numbers.max_skips}"))
+    return problems
 
 
 def _check_validation(config: JobConfig) -> list[Problem]:

@@ -24,7 +24,7 @@ STEPS, FIRST, COUNT = 16, 8, 3
 STRETCH = ((FIRST, COUNT),)
 EARLY = (
     "--training.steps", str(STEPS), "--numbers.warmup_steps", "4", "--numbers.window_steps", "8",
-    "--health.hang_floor_s", "30",
+    "--numbers.layers_interval_steps", "2", "--health.hang_floor_s", "30",
 )  # fmt: skip
 SMALL = (*EARLY, "--parallelism.tp", "1", "--cluster.nodes", "1", "--cluster.spares", "0")
 RARE = 511

@@ -114,6 +114,7 @@ def test_expert_parallelism_divides_ranks_and_experts(ep: int, dp_shard: int, tp
         (["--checkpoint.peer_wait_s=10"], ["peer_wait_s", "hang_floor_s = 3", "set 1.5"]),
         (["--health.heartbeat_timeout_s=1"], ["more than two intervals", "set 2.5"]),
         (["--health.hang_floor_s=1"], ["hang_floor_s", "heartbeat_interval_s = 0.5", "set 3"]),
+        (["--numbers.max_skips=9"], ["numbers.skip_window_steps", "among 8", "set at least 9"]),
         (["--data.sets=[]"], ["data.sets", "no data", "[[data.sets]]"]),
         (["--model.family=qwen3", "--parallelism.pp=2"], ["shares its first and last weights"]),
     ],

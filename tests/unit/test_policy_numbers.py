@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster import suspicions
 from cluster.actions import Stop, action_event
 from cluster.events import ActionTaken, WorkersReported
 from cluster.fleet import common_snapshot
@@ -61,6 +63,26 @@ def trouble(state: JobState, step: int, batches: int, config: JobConfig) -> tupl
     if isinstance(decision.action, Rollback):
         state = apply(state, stories.planned(state.generation + 1, 12.0, state.order))
     return state, decision.action
+
+
+@pytest.mark.parametrize("oddity", list(Oddity))
+def test_every_oddity_has_a_cause_and_only_workers_that_wait_stop_the_job(oddity: Oddity) -> None:
+    """What is odd is noted under its own cause; only the wish to go back reaches the workers, and no node is blamed."""
+    fact = Fact(
+        kind=FactKind.NUMBERS_ODD,
+        node="node0",
+        rank=0,
+        generation=1,
+        step=7,
+        t_wall_s=1.0,
+        detail="words",
+        oddity=oddity,
+    )
+    noted = suspicions.odd_numbers(fact)
+    assert (noted.cause.value, noted.severity, noted.node) == (oddity.value, Severity.NOTICE, "")
+    assert noted.evidence == ("words",)
+    wish = suspicions.odd_numbers(msgspec.structs.replace(fact, kind=FactKind.ROLLBACK_WANTED))
+    assert (wish.cause, wish.severity, wish.node) == (noted.cause, Severity.WORKERS, "")
 
 
 def test_the_first_time_just_the_stretch_is_left_out() -> None:
