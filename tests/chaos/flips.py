@@ -57,7 +57,8 @@ def flip_state(
 ) -> int:
     """Flip a random bit of a tensor whose name begins with `prefix`, in a running rank's memory; returns the step.
 
-    nodes: those that hold the ranks, if no longer the first ones. It strikes while the rank computes gradients: what is in the snapshot of the step before is then what is in memory.
+    nodes: those that hold the ranks, if no longer the first ones. It strikes while the rank computes gradients: what
+    is in the snapshot of the step before is then what is in memory.
     """
     at, local_rank = divmod(rank, ranks_per_node)
     node = nodes[at] if nodes else f"node{at}"
