@@ -173,7 +173,9 @@ def _burning_in(past: Past, since_s: float, burn_in_hours: float, why: str) -> t
 
 
 def _eviction(entry: Evicted) -> str:
-    return f"evicted in run {entry.run} on {_date(entry.t_wall_s)} (incident {entry.incident}): {entry.reason}"
+    return (
+        f"evicted in run {entry.run} on {_date(entry.t_wall_s)} (incident {entry.incident}): {entry.reason.rstrip('.')}"
+    )
 
 
 def _rate(shape: float, prior_per_day: float, failures: float, days: float) -> float:

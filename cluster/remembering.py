@@ -18,6 +18,7 @@ from health.verdict import Cause, Certainty, Severity, Verdict
 _SERVED_EVERY_S = 6 * 3600.0
 _TRY_AGAIN_S = 1.0
 _LAST_TRIES_S = 2.0
+_POLL_S = 0.05
 
 logger = logging.getLogger("everstep.history")
 
@@ -160,6 +161,6 @@ class Remembering:
             self._try_at_s = 0.0
             self._write()
             if self._waiting:
-                time.sleep(0.05)
+                time.sleep(_POLL_S)  # a lock cannot be waited for with a bound
         if self._waiting:
             logger.warning("%s: %d entries about nodes are lost", self.file.path, len(self._waiting))
