@@ -65,7 +65,7 @@ def read_back(slot: SlotViews, tensors: Sequence[LocalTensor]) -> None:
                 tensor.copy_(view)
             elif tensor.numel():
                 start = CONTROL_BYTES + slot.plan.data_start_bytes + part.start_bytes
-                reader.read_into(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), start)
+                reader.read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, start)
     finally:
         os.close(fd)
 

@@ -33,12 +33,13 @@ from cluster.scheduler import Scheduler
 from cluster.state import apply
 from cluster.wire import SupervisorSocket
 from configs.schema import JobConfig
-from health.crash import first_cause
+from health.crash import Standing, first_cause, standing
 from health.verdict import Cause, Severity, Verdict
 from trainer.events import Fact, FactKind
 from trainer.exits import ExitCode
 
 _TICK_S = 0.05
+_ECHO_S = 0.15
 _Event = TypeVar("_Event", bound=events.AnyEvent)
 
 logger = logging.getLogger("everstep.supervisor")
@@ -343,7 +344,7 @@ class Supervisor:
         if self.incident is None:
             return
         root = first_cause(self.incident.verdicts)
-        if root.cause is Cause.PEER_LOST and now - self.incident.opened_at_s < self._settle_s():
+        if now - self.incident.opened_at_s < self._settle_s(root):
             return
         incident, self.incident = self.incident, None
         number = self.state.next_incident
@@ -377,9 +378,12 @@ class Supervisor:
         if changed:
             self.broadcast()
 
-    def _settle_s(self) -> float:
-        """A lost peer names no culprit: wait as long as it can take until a silent node is noticed."""
-        return self.config.health.heartbeat_timeout_s + 2 * self.config.health.heartbeat_interval_s
+    def _settle_s(self, root: Verdict) -> float:
+        """How long to wait for a better root: a lost peer names no culprit, and it may take as long as until a silent
+        node is noticed; what may be an echo has its cause on the way."""
+        if root.cause is Cause.PEER_LOST:
+            return self.config.health.heartbeat_timeout_s + 2 * self.config.health.heartbeat_interval_s
+        return _ECHO_S if standing(root) is Standing.DOUBTFUL else 0.0
 
     def _do(self, decision: Decision, root: Verdict, number: int) -> None:
         self.emit(action_event, decision=decision, incident=number, blamed=root.node)

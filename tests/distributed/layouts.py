@@ -50,7 +50,7 @@ def with_training(config: JobConfig, **changes: Any) -> JobConfig:
 
 
 def batch(engine: Engine, step: int, dp_rank: int | None = None) -> Tensor:
-    """A dp rank's (None: this one's) [B_local, S + 1] tokens of a step, whatever the layout a part of the same batch."""
+    """A dp rank's (None: this one's) [B_local, S + 1] tokens of a step; in every layout a part of the same batch."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN + 1), generator=generator)
     size = BATCH // engine.dp_degree
