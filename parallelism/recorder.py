@@ -76,6 +76,7 @@ class Recorder(TorchDispatchMode):
 
     def tape(self) -> Tape:
         """All that was noted. Waits for the device."""
+        _wait_for_all_streams()
         return tuple(
             Sent(derive_seed("channel", channel), number, None if sums is None else fold(sums.tolist()))
             for channel, number, sums in self._notes
@@ -119,12 +120,13 @@ class GradientWatch(DefaultReduceScatter):
             for module in part.modules():
                 if isinstance(module, FSDPModule):
                     # Its own setter refuses modules sharded over two meshes, for the sake of what depends on a mesh.
-                    for group in module._get_fsdp_state()._fsdp_param_groups:
+                    for group in _param_groups(module._get_fsdp_state()):
                         group._reduce_scatter_comm = self
         return self
 
     def take(self) -> list[int]:
         """The sums since the last call. Waits for the device."""
+        _wait_for_all_streams()
         sums, self._sums = self._sums, []
         return [int(value) for each in sums for value in each.tolist()]
 
@@ -140,6 +142,19 @@ def fold(sums: Iterable[int]) -> int:
     for position, value in enumerate(sums):
         total += value * (2 * position + 1)
     return (total + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _param_groups(state: Any) -> Iterable[Any]:
+    """Older torch has one group of parameters a module, or none."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+
+
+def _wait_for_all_streams() -> None:
+    """Collectives are issued from streams of their own."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _group_name(args: Any) -> str:
