@@ -81,6 +81,7 @@ class Replay:
         self._gradients = GradientWatch().watch(engine.parts)
         self._always = config.integrity.record_every_step
         self._stride = _stride(config)
+        self._odd = False
         self._next_suspect = 0
         self._pause_steps = 1
 
@@ -94,6 +95,7 @@ class Replay:
 
         Odd numbers that turn out to be right are looked at ever more rarely: a job that is full of them costs no more.
         """
+        self._odd = finding is not None
         if doubted:
             return "ranks that must agree did not"
         if finding is not None and self.config.integrity.replay_suspects and step >= self._next_suspect:
@@ -125,9 +127,9 @@ class Replay:
                 counts, told = self._settle(batch, first, again)
             else:
                 counts, told = self._compare_devices(batch, again, elsewhere)
+                self._pause(batch.step)
         if self.context.rank == 0:
             self.context.note(FactKind.UPDATE_REPLAYED, f"{why}; {told}", seconds=time.monotonic() - began_s)
-        self._pause(batch.step)
         return counts
 
     # Computing ----------------------------------------------------------------------------------------------------
@@ -244,6 +246,9 @@ class Replay:
             self.context.note(FactKind.CORRUPTION_FOUND, f"{who} {did}", blamed=speaker if known else -1)
 
     def _pause(self, step: int) -> None:
+        """Odd numbers were right: look at fewer of them for a while."""
+        if not self._odd:
+            return
         if step > self._next_suspect + _LONGEST_PAUSE_STEPS:
             self._pause_steps = 1
         self._next_suspect = step + self._pause_steps

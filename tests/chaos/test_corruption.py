@@ -69,3 +69,16 @@ def test_a_flipped_bit_in_memory_leaves_no_trace_but_a_new_node(
     assert replaced(job) == [f"node{rank // 2}"]
     assert job.weights(STEPS) == undisturbed.weights(STEPS)
     assert job.losses() == undisturbed.losses()
+
+
+@pytest.mark.long
+def test_a_learning_rate_that_blows_up_is_no_nodes_fault(make_job: MakeJob) -> None:
+    """Promise: losses that are not finite, because of the configuration, are replayed, come out the same everywhere,
+    and cost no node its place."""
+    job = make_job("blown-up", (*COMMON, *CHECKED, "--optimizer.lr", "1e30"))
+    job.start().finish()
+    assert blamed(job) == []
+    assert replaced(job) == []
+    assert "silent_corruption" not in job.causes()
+    assert "not finite" in job.said()
+    assert "the same result again, and on other devices" in job.said()
