@@ -32,6 +32,8 @@ FILE_LIMIT_BYTES = 64 << 10
 _TOTAL_LIMIT_BYTES = 3 << 20
 _POLL_S = 0.01
 _BETWEEN_LOOKS = 0.25
+_FOR_THE_WITNESS = 0.7
+_LEAST_S = 0.2
 _SIGUSR2_BIT = 1 << (signal.SIGUSR2 - 1)
 _LONGEST_STACK_BYTES = 24 << 10
 
@@ -136,27 +138,24 @@ def _about(ram_dir: Path, worker: Worker, number: int, deadline_s: float, limit:
 
 
 def _look(ram_dir: Path, worker: Worker, request: int, until_s: float) -> _Look:
-    """Ask for a stack and the record at the same time, and take what comes by until_s."""
+    """Ask the worker itself; if it does not answer, look at its stack from outside."""
     state, runnable = _state(worker.pid), _runnable(worker.pid)
-    stacks, flight = stacks_path(ram_dir, worker.local_rank), flight_path(ram_dir, worker.local_rank)
-    before = stacks.stat().st_size if stacks.exists() else 0
+    path, record, stack = flight_path(ram_dir, worker.local_rank), None, ""
     problem = _ask_record(request_path(ram_dir, worker.local_rank), request)
-    stack, growing, record = "", "", None
-    # A signal whose handler is not there yet would end the process.
-    if state not in STOPPED and _handles_usr2(worker.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker.pid, signal.SIGUSR2)
-        while time.monotonic() < until_s and not (stack and (record or problem)):
-            # It is written line by line, and whole when nothing more comes.
-            text = _new_stack(stacks, before)
-            stack, growing = (text if text == growing else ""), text
-            if not record and not problem:
-                record, problem = _answer_in(flight, request)
-            threading.Event().wait(_POLL_S)
+    patience_s = time.monotonic() + _FOR_THE_WITNESS * (until_s - time.monotonic())
+    while state not in STOPPED and record is None and not problem and time.monotonic() < patience_s:
+        record, stack, problem = _answer_in(path, request)
+        threading.Event().wait(_POLL_S)
+    if record is not None:
+        return _Look(state, runnable, stack, "witness", record, record.problem)
+    timeout_s = max(_LEAST_S, until_s - time.monotonic())
+    stack, trouble = _py_spy(worker.pid, timeout_s)
     if stack:
-        return _Look(state, runnable, stack, "faulthandler", record, problem)
-    stack, trouble = _py_spy(worker.pid, max(0.2, until_s - time.monotonic()))
-    return _Look(state, runnable, stack, "py-spy" if stack else "", record, problem or trouble)
+        return _Look(state, runnable, stack, "py-spy", None, problem)
+    # Frames of threads that run may change under it: only where all of them sleep.
+    if state not in STOPPED and not _runnable(worker.pid):
+        stack = _faulthandler(worker.pid, stacks_path(ram_dir, worker.local_rank), timeout_s)
+    return _Look(state, runnable, stack, "faulthandler" if stack else "", None, problem or trouble)
 
 
 def _ask_record(pipe: Path, request: int) -> str:
@@ -174,19 +173,35 @@ def _ask_record(pipe: Path, request: int) -> str:
     return ""
 
 
-def _answer_in(path: Path, request: int) -> tuple[FlightRecord | None, str]:
-    """The record, if it is there and the answer to this request; or why it cannot be read."""
+def _answer_in(path: Path, request: int) -> tuple[FlightRecord | None, str, str]:
+    """The record and the stacks, if they are there and the answer to this request; or why they cannot be read."""
     try:
-        record = decode_flight(path.read_bytes())
+        record, stacks = decode_flight(path.read_bytes())
     except OSError:
-        return None, ""
+        return None, "", ""
     except ValueError as error:
-        return None, f"the flight record cannot be read: {error}"
-    return (record if record.request == request else None), ""
+        return None, "", f"the flight record cannot be read: {error}"
+    return (record, stacks, "") if record.request == request else (None, "", "")
 
 
-def _new_stack(path: Path, before: int) -> str:
-    """What faulthandler wrote since."""
+def _faulthandler(pid: int, path: Path, timeout_s: float) -> str:
+    """The stack as faulthandler writes it, for a worker that cannot answer otherwise; see `trainer.witness`."""
+    # A signal whose handler is not there yet would end the process.
+    if not _handles_usr2(pid):
+        return ""
+    before = path.stat().st_size if path.exists() else 0
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGUSR2)
+    until_s, stack, growing = time.monotonic() + timeout_s, "", ""
+    while not stack and time.monotonic() < until_s:
+        # It is written line by line, and whole when nothing more comes.
+        text = _written_since(path, before)
+        stack, growing = (text if text == growing else ""), text
+        threading.Event().wait(_POLL_S)
+    return stack
+
+
+def _written_since(path: Path, before: int) -> str:
     try:
         with path.open("rb") as file:
             file.seek(before)

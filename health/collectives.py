@@ -94,8 +94,8 @@ class _Dump(msgspec.Struct):
     entries: list[_Entry] = []
 
 
-def decode_flight(data: bytes) -> FlightRecord:
-    """What a worker's witness wrote (`trainer.flight.FlightFile`).
+def decode_flight(data: bytes) -> tuple[FlightRecord, str]:
+    """The record and the stacks that a worker's witness wrote (`trainer.flight.FlightFile`).
 
     Raises:
         ValueError: if it is not well-formed.
@@ -105,9 +105,10 @@ def decode_flight(data: bytes) -> FlightRecord:
     operations = [_of_peer_op(each) for each in file.peer_ops]
     for raw in file.dumps:
         operations += _of_dump(msgspec.json.decode(raw, type=_Dump), ranks, file.rank)
-    return FlightRecord(
+    record = FlightRecord(
         request=file.request, rank=file.rank, groups=file.groups, operations=tuple(operations), problem=file.problem
     )
+    return record, file.stacks
 
 
 def encode_record(record: FlightRecord, limit_bytes: int) -> bytes:

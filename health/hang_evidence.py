@@ -21,9 +21,9 @@ class ProcessFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What /proc says of a worker, and how it answered, from two looks that were looked_s apart.
 
     state: its letter at the second look, R if it was R at either. cpu_s: processor time that all its threads used
-    between the looks. runnable: threads that ran or wanted to, at both looks. stack_from: `faulthandler`, `py-spy` or
-    "". record_moved: whether collectives began or ended between the looks. kernel: where its main thread waits in the
-    kernel, as far as that may be read.
+    between the looks. runnable: threads that ran or wanted to, at both looks. stack_from: `witness`, `py-spy`,
+    `faulthandler` or "". record_moved: whether collectives began or ended between the looks. kernel: where its main
+    thread waits in the kernel, as far as that may be read.
     """
 
     rank: int

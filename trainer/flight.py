@@ -30,18 +30,19 @@ class PeerOp(msgspec.Struct, frozen=True):
 
 
 class FlightFile(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to one request: torch's own dumps, and what they lack."""
+    """The answer to one request: torch's own dumps, what they lack, and the Python stacks of all threads."""
 
     request: int
     rank: int
     groups: tuple[GroupRanks, ...]
     peer_ops: tuple[PeerOp, ...] = ()
     dumps: tuple[msgspec.Raw, ...] = ()
+    stacks: str = ""
     problem: str = ""
 
 
 def stacks_path(ram_dir: Path, local_rank: int) -> Path:
-    """Python stacks that faulthandler appends on SIGUSR2."""
+    """Python stacks that faulthandler appends on SIGUSR2, for processes whose witness cannot answer."""
     return ram_dir / f"stacks-{local_rank}.txt"
 
 

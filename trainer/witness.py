@@ -1,8 +1,9 @@
 """A thread in each worker that can still speak when the main thread hangs: on request it writes what torch's flight
-recorder knows. It sleeps in the kernel until asked, and costs a step nothing.
+recorder knows, and all threads' stacks. It sleeps in the kernel until asked, and costs a step nothing.
 
-Stacks do not depend on it: faulthandler writes them in a signal handler of C, whoever holds the interpreter's lock.
-Where the process is stopped, or its lock is never released, there is no answer, and that says something too.
+Where the process is stopped, or its interpreter's lock is never released, there is no answer, and that says something
+too. Of the latter faulthandler still writes stacks, in a signal handler of C. It is only for that case: it walks the
+frames of threads that may run meanwhile, and would now and then crash a process that is well.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 
@@ -21,6 +25,7 @@ from trainer.flight import FlightFile, GroupRanks, PeerOp, flight_path, request_
 # What torch calls its dumps: of NCCL's collectives, and of all other backends'.
 _DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 _REQUESTS_BYTES = 4096
+_FRAMES = 100
 
 
 class Witness:
@@ -74,6 +79,7 @@ class Witness:
             rank=self.rank,
             groups=tuple(_groups()),
             peer_ops=self.peer_ops(),
+            stacks=_stacks(),
             dumps=tuple(msgspec.Raw(each.encode() if isinstance(each, str) else each) for each in dumps),
             problem=problem,
         )
@@ -95,6 +101,26 @@ def _numbers(requests: int) -> Iterator[int]:
             if line.isdigit():
                 yield int(line)
                 break
+
+
+def _stacks() -> str:
+    """Of all threads but this one, in the format of faulthandler."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    blocks = []
+    for ident, frame in sys._current_frames().items():
+        if ident != threading.get_ident():
+            lines = [f'  File "{at.filename}", line {at.lineno} in {at.name}' for at in _walk(frame)]
+            blocks.append("\n".join([f'Thread "{names.get(ident, ident)}" (most recent call first):', *lines]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _walk(frame: FrameType) -> list[traceback.FrameSummary]:
+    """The frames of a stack, innermost first; no source is read."""
+    found = [
+        traceback.FrameSummary(at.f_code.co_filename, line, at.f_code.co_name, lookup_line=False)
+        for at, line in traceback.walk_stack(frame)
+    ]
+    return found[:_FRAMES]
 
 
 def _groups() -> Iterator[GroupRanks]:

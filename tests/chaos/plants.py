@@ -119,12 +119,14 @@ def _sleep_before(text: str) -> None:
 
 
 def _leave_out(_: str) -> None:
-    """Leave the next all-reduce over all ranks out, as a program with a bug would."""
+    """Leave the next plain all-reduce over all ranks out, as a program with a bug would."""
     import torch.distributed as dist
 
     all_reduce = dist.all_reduce
 
-    def left_out(*_: Any, **__: Any) -> None:
+    def left_out(tensor: Any, *more: Any, **named: Any) -> Any:
+        if more or named:
+            return all_reduce(tensor, *more, **named)
         dist.all_reduce = all_reduce
 
     dist.all_reduce = left_out
@@ -142,8 +144,35 @@ def _compute(text: str) -> None:
 
 
 def _hold_lock(_: str) -> None:
-    """Sleep in C without letting go of the interpreter's lock: no thread of this process runs any more."""
-    ctypes.PyDLL(None).sleep(10_000)
+    """A deadlock in C, with the interpreter's lock in hand: no thread of this process runs any more."""
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+
+
+def _slow_forward(text: str) -> None:
+    """Take so many seconds longer in each of the next so many microbatches: `0.3 40`."""
+    from parallelism import titan
+
+    titan.token_loss_sum = _slowly(titan.token_loss_sum, text)
+
+
+def _slow_reads(text: str) -> None:
+    """Take so many seconds longer for each of the next so many batches that are read: `0.3 40`."""
+    from trainer.data import StepReader
+
+    StepReader.read = _slowly(StepReader.read, text)  # type: ignore[method-assign]
+
+
+def _slowly(function: Callable[..., Any], text: str) -> Callable[..., Any]:
+    seconds, times = float(text.partition(" ")[0]), iter(range(int(text.partition(" ")[2])))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if next(times, None) is not None:
+            threading.Event().wait(seconds)
+        return function(*args, **kwargs)
+
+    return run
 
 
 DEEDS: dict[str, Callable[[str], None]] = {
