@@ -27,7 +27,7 @@ from trainer.exits import ExitCode
 if TYPE_CHECKING:
     from cluster.console import ConsoleWatcher
     from cluster.rundir import RunDir
-    from cluster.supervisor import Watcher
+    from cluster.watchers import Watcher
     from configs.schema import JobConfig
 
 

@@ -12,7 +12,7 @@ from cluster.evidence import GONE, speaks_against
 from cluster.history import AnyEntry, Evicted, HistoryFile, Judged, NodeId, Served
 from cluster.lemons import Standing
 from cluster.policy_words import quote
-from cluster.supervisor import Watcher
+from cluster.watchers import Watcher
 from health.verdict import Cause, Certainty, Severity, Verdict
 
 _SERVED_EVERY_S = 6 * 3600.0

@@ -22,7 +22,8 @@ from cluster.remembering import Remembering, remembered
 from cluster.rundir import Endpoint, RunDir, write_atomically
 from cluster.scheduler import Scheduler
 from cluster.state import replay
-from cluster.supervisor import Supervisor, Watcher
+from cluster.supervisor import Supervisor
+from cluster.watchers import Watcher
 from cluster.wire import SupervisorSocket
 from configs.load import ConfigError, Problem, describe_changes, load_job, resolve_toml
 from configs.schema import JobConfig

@@ -11,7 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from cluster import events, suspicions
 from cluster.actions import Decision, Evict, Nothing, Replace, Restart, Stop, action_event
@@ -19,6 +19,7 @@ from cluster.ending import End, ended_after, too_few
 from cluster.evidence import worth_telling
 from cluster.fleet import AgentView, all_finished, first_members, ready_members
 from cluster.fleet_doctor import FleetDoctor
+from cluster.inbox import Inbox
 from cluster.incidents import write_incident
 from cluster.jobstate import JobState
 from cluster.journal import Journal
@@ -31,6 +32,7 @@ from cluster.policy_numbers import Rollback
 from cluster.rundir import RunDir
 from cluster.scheduler import Scheduler
 from cluster.state import apply
+from cluster.watchers import Watcher
 from cluster.wire import SupervisorSocket
 from configs.schema import JobConfig
 from health.crash import Standing, first_cause, standing
@@ -43,19 +45,6 @@ _ECHO_S = 0.15
 _Event = TypeVar("_Event", bound=events.AnyEvent)
 
 logger = logging.getLogger("everstep.supervisor")
-
-
-class Watcher(Protocol):
-    """Who is told what happens: the console, telemetry. Both calls must be quick."""
-
-    def open(self) -> None:
-        """This process has the run now."""
-
-    def on_event(self, event: events.AnyEvent) -> None:
-        """An event was written to the journal."""
-
-    def on_tick(self) -> None:
-        """Called many times a second."""
 
 
 class Supervisor:
@@ -93,11 +82,9 @@ class Supervisor:
         self.gathering_since_s = 0.0
         self.ready_since_s = float("inf")
         self.incident: OpenIncident | None = None
-        self.facts_seen: dict[tuple[str, int], int] = {}
-        self.verdicts_seen: dict[tuple[str, int], int] = {}
+        self.inbox = Inbox()
         self.skipped_step = -1
         self.journal_waits = False
-        self.seen_exits: set[tuple[str, int, int]] = set()
         self.wish = Wish.RUN
         self.exit_code: ExitCode | None = None
         self.stop_reason = ""
@@ -177,16 +164,15 @@ class Supervisor:
         self.send_order(report.node)
 
     def _take_facts(self, report: AgentReport) -> None:
-        for numbered in report.facts:
-            if numbered.number > self.facts_seen.get((report.node, report.pid), 0):
-                self.facts_seen[report.node, report.pid] = numbered.number
-                self.emit(events.WorkersReported, fact=numbered.fact)
-                if numbered.fact.kind is FactKind.UPDATE_SKIPPED:
-                    self._judge_skip(numbered.fact)
-                elif numbered.fact.kind in (FactKind.NUMBERS_ODD, FactKind.ROLLBACK_WANTED):
-                    self._judge_numbers(numbered.fact)
-                elif numbered.fact.kind is FactKind.CORRUPTION_FOUND and report.node not in self.state.evicted:
-                    self.accuse(Suspicion(suspicions.corruption(numbered.fact), numbered.fact.t_wall_s))
+        for fact in self.inbox.facts(report):
+            self.emit(events.WorkersReported, fact=fact)
+            match fact.kind:
+                case FactKind.UPDATE_SKIPPED:
+                    self._judge_skip(fact)
+                case FactKind.NUMBERS_ODD | FactKind.ROLLBACK_WANTED:
+                    self._judge_numbers(fact)
+                case FactKind.CORRUPTION_FOUND if report.node not in self.state.evicted:
+                    self.accuse(Suspicion(suspicions.corruption(fact), fact.t_wall_s))
 
     def _catch_up(self, report: AgentReport) -> None:
         """Agents may know a newer generation than the journal of a supervisor that died: never fall behind them."""
@@ -222,11 +208,9 @@ class Supervisor:
         self.suspect(Suspicion(verdict, time.time()))
 
     def _take_exits(self, report: AgentReport) -> None:
-        for death in report.exits:
-            key = (report.node, death.rank, death.generation)
-            if key in self.seen_exits or self.wish is not Wish.RUN:
-                continue
-            self.seen_exits.add(key)
+        if self.wish is not Wish.RUN:
+            return
+        for death in self.inbox.exits(report):
             verdict = suspicions.worker_ended(report.node, death, self.noticing.progress.newest_step)
             log = {f"rank-{death.rank}.log": "\n".join(death.log_tail).encode()}
             self.suspect(Suspicion(verdict, death.t_wall_s, log))
@@ -245,10 +229,7 @@ class Supervisor:
 
     def _take_verdicts(self, report: AgentReport) -> None:
         """What a node's own probes found: a notice is written down, the rest opens an incident."""
-        for numbered in report.verdicts:
-            if numbered.number <= self.verdicts_seen.get((report.node, report.pid), 0):
-                continue
-            self.verdicts_seen[report.node, report.pid] = numbered.number
+        for numbered in self.inbox.verdicts(report):
             self.accuse(Suspicion(numbered.verdict, numbered.t_wall_s))
 
     def accuse(self, suspicion: Suspicion) -> None:
@@ -284,6 +265,7 @@ class Supervisor:
                 keep_for=self.placement.keep_for(node, self.config.cluster.ranks_per_node),
                 gather=self.placement.sources(self.gather, node, ranks_of(node, self.plan)),
                 rejected=self.state.rejected,
+                collect=self.noticing.collect,
                 measure=self.doctor.order_for(node),
                 heard_wall_s=view.report.sent_wall_s if view else 0.0,
                 sent_wall_s=time.time(),
@@ -327,15 +309,20 @@ class Supervisor:
                 self._evict(node, f"spare: {suspicion.verdict.evidence[0]}")
         if self.incident is not None:
             return
-        found = self.noticing.standing_still(now) if self.plan is not None else self._missing(now)
-        for suspicion in found:
-            self.suspect(suspicion)
         if self.plan is not None:
-            for suspicion in self.noticing.slow(may_replace=bool(self.state.spares)):
-                self.accuse(suspicion)
+            self._watch_workers(now)
+            return
+        for suspicion in self.noticing.missing(self.members, self.target_generation, self.gathering_since_s, now):
+            self.suspect(suspicion)
 
-    def _missing(self, now: float) -> Sequence[Suspicion]:
-        return self.noticing.missing(self.members, self.target_generation, self.gathering_since_s, now)
+    def _watch_workers(self, now: float) -> None:
+        asked = self.noticing.collect
+        for suspicion in self.noticing.standing_still(now):
+            self.suspect(suspicion)
+        if self.noticing.collect != asked:
+            self.broadcast()
+        for suspicion in self.noticing.slow(may_replace=bool(self.state.spares)):
+            self.accuse(suspicion)
 
     # Acting -------------------------------------------------------------------------------------------------------
 
