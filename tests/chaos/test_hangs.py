@@ -22,7 +22,7 @@ pytestmark = pytest.mark.chaos
 # The aim is max(5 s, 3 steps) from the moment of the hang; the rest is for a machine that does other things, too.
 _AIM_S = 5.0
 _SLACK_S = 4.0
-_QUICK = ("--health.hang_floor_s", "3", "--health.hang_factor", "2")
+_QUICK = ("--health.hang_floor_s", "3", "--health.hang_factor", "2", "--cluster.spares", "0")
 
 
 def hangs(job: Job) -> list[VerdictGiven]:
