@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 LEARNT_AFTER = 12
 """Values that a series must have before anything is said about it."""
@@ -23,11 +24,19 @@ series would begin to follow it."""
 
 PAST = 256
 """Values of its past that a series remembers."""
+_LADDER = (1.0, 2.0, 4.0)
+_GATE_STEPS = 16
 _BLOCKS = (4, 16)
 _LOOK_EVERY = 4
+_DOUBT = 16.0
+_KNOWN_AFTER = 8
+_HELD_STEPS = 8
 _CAP = 0.82
 # A sum that drifts by -drift a step passes a bound by chance once in exp(2 * drift * bound / scale^2) steps or so.
 _RARE = 16.0
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,11 +65,12 @@ def percent(part: float, decimals: int = 0) -> str:
     return f"{100 * part:.{decimals}f}%"
 
 
-def bounds_for(change: float, steps: int, scale: float) -> Bounds:
-    """Bounds for a change that at least `steps` steps must show, or for a larger one where noise hides it."""
-    while (bounds := _bounds(change, steps, scale)).steps > max(LONGEST, steps):
+def ladder_for(change: float, steps: int, scale: float) -> tuple[Bounds, ...]:
+    """Bounds for a change that at least `steps` steps must show, or for the smallest larger one that noise does not
+    hide; then for larger ones, which show sooner."""
+    while _bounds(change, steps, scale).steps > max(LONGEST, steps):
         change *= 1.2
-    return bounds
+    return tuple(_bounds(times * change, steps, scale) for times in _LADDER)
 
 
 def _bounds(change: float, steps: int, scale: float) -> Bounds:
@@ -99,21 +109,24 @@ class Noise:
         self._values: deque[float] = deque(maxlen=512)
         self._blocks = {length: _Blocks(length) for length in _BLOCKS}
         self.steps = 0
-        self._found: tuple[float, float] | None = None
+        self._scale: float | None = None
 
-    def add(self, values: Mapping[int, float], cap: float) -> None:
-        """One step: what is above the past (below: negative), by series. Beyond the cap nothing counts in a sum."""
+    def add(self, values: Mapping[int, Sequence[float]], cap: float) -> None:
+        """More steps: what was above the past (below: negative), by series. Beyond the cap nothing counts in a sum."""
+        if not values:
+            return
         self.steps += 1
-        self._values.extend(values.values())
-        for blocks in self._blocks.values():
-            blocks.add(values, cap)
+        for series, steps in values.items():
+            self._values.extend(steps)
+            for blocks in self._blocks.values():
+                blocks.add(series, steps, cap)
         if self.steps % (_LOOK_EVERY if self.steps < 64 else 4 * _LOOK_EVERY) == 0:
-            self._found = None
+            self._scale = None
 
     @property
-    def middle(self) -> float:
-        """Where they lie on average: comparing with the worse of two makes it less than nought."""
-        return self._look()[0]
+    def known(self) -> bool:
+        """Whether enough steps were seen to say anything."""
+        return self.steps >= _KNOWN_AFTER
 
     @property
     def scale(self) -> float:
@@ -122,20 +135,11 @@ class Noise:
         Outliers count as three deviations at most: the cap of a step holds them back already. While few steps are
         known it is taken to be larger than it looks.
         """
-        return self._look()[1]
-
-    def _look(self) -> tuple[float, float]:
-        if self._found is None:
-            if not self._values:
-                return 0.0, 0.0
-            centre = statistics.median(self._values)
-            limit = 3.0 * 1.4826 * statistics.median(abs(value - centre) for value in self._values)
-            bounded = [centre + max(-limit, min(value - centre, limit)) for value in self._values]
-            middle = statistics.fmean(bounded)
-            scales = [_rms(bounded, middle)]
-            scales += [_rms(each.means, middle) * math.sqrt(each.length) for each in self._blocks.values()]
-            self._found = middle, max(scales) * (1.0 + 16.0 / self.steps)
-        return self._found
+        if self._scale is None:
+            scales = [_bounded_rms(self._values)]
+            scales += [_rms(each.means) * math.sqrt(each.length) for each in self._blocks.values() if each.telling]
+            self._scale = max(scales) * (1.0 + _DOUBT / max(self.steps, 1))
+        return self._scale
 
 
 class _Blocks:
@@ -146,26 +150,79 @@ class _Blocks:
         self.means: deque[float] = deque(maxlen=max(512 // length, 64))
         self._open: dict[int, list[float]] = {}
 
-    def add(self, values: Mapping[int, float], cap: float) -> None:
-        for series, value in values.items():
-            block = self._open.setdefault(series, [])
+    @property
+    def telling(self) -> bool:
+        """Whether there are so many that the error of a young past is not taken for a wave."""
+        return len(self.means) >= self.length
+
+    def add(self, series: int, steps: Sequence[float], cap: float) -> None:
+        block = self._open.setdefault(series, [])
+        for value in steps:
             block.append(max(-cap, min(value, cap)))
             if len(block) == self.length:
                 self.means.append(sum(block) / self.length)
                 block.clear()
 
 
-def _rms(values: Collection[float], middle: float) -> float:
-    return math.sqrt(sum((value - middle) ** 2 for value in values) / len(values)) if values else 0.0
+def _bounded_rms(values: Collection[float]) -> float:
+    if not values:
+        return 0.0
+    limit = 3.0 * 1.4826 * statistics.median(abs(value) for value in values)
+    return _rms([min(abs(value), limit) for value in values])
+
+
+def _rms(values: Collection[float]) -> float:
+    return math.sqrt(sum(value * value for value in values) / len(values)) if values else 0.0
+
+
+class Held(Generic[T]):
+    """Steps that are not yet taken for undisturbed: they would hide the change that they may be the beginning of."""
+
+    def __init__(self) -> None:
+        self._steps: deque[T] = deque()
+
+    def push(self, step: T, suspected: bool) -> list[T]:
+        """Hold a step back; returns those that are taken for undisturbed now. suspected: something may have changed."""
+        self._steps.append(step)
+        keep = 3 * _HELD_STEPS if suspected else _HELD_STEPS
+        # Not all at once: the past must not leap where a suspicion ends.
+        return [self._steps.popleft() for _ in range(min(2, max(0, len(self._steps) - keep)))]
+
+    def clear(self) -> None:
+        """They were not undisturbed."""
+        self._steps.clear()
+
+
+class _Sum:
+    """The sum for one size of change, and the step that it grew from."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self.since = -1
+
+    def add(self, step: int, above: float, bounds: Bounds) -> bool:
+        """Take in a step; returns whether the bound is broken."""
+        if self.value <= 0.0:
+            self.since = step
+        self.value += max(-bounds.cap, min(above, bounds.cap)) - bounds.drift
+        self.value = max(0.0, min(self.value, 2 * bounds.bound))
+        return self.value > bounds.bound
 
 
 class Alarm:
-    """One series' sum: rings when it changed, and is quiet again when the series came back."""
+    """One series' sums: rings when it changed, and is quiet again when the series came back.
+
+    since: the step from which on it is seen to have changed; rang_at: the one that showed it. -1 before.
+    """
 
     def __init__(self) -> None:
-        self.since = -1
-        self.rang_at = -1
-        self._sum = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.since, self.rang_at = -1, -1
+        self._sums = [_Sum() for _ in _LADDER]
+        self._gate: deque[tuple[int, float]] = deque(maxlen=_GATE_STEPS)
         self._back = 0.0
 
     @property
@@ -173,26 +230,33 @@ class Alarm:
         """Whether the change is there."""
         return self.rang_at >= 0
 
-    def suspects(self, bounds: Bounds) -> bool:
+    def suspects(self, ladder: Sequence[Bounds]) -> bool:
         """Whether it rings, or is half-way there."""
-        return self.ringing or self._sum > bounds.bound / 2
+        return self.ringing or any(
+            each.value > bounds.bound / 2 for each, bounds in zip(self._sums, ladder, strict=True)
+        )
 
-    def add(self, step: int, above: float, bounds: Bounds) -> bool:
-        """Take in how far the series is above its past in this step. Returns whether it begins to ring."""
+    def add(self, step: int, above: float, ladder: Sequence[Bounds], gate: float | None = None) -> bool:
+        """Take in how far the series is above what it is held against. Returns whether it begins to ring.
+
+        gate: a second series, which must have risen too, on average over the steps that show the change.
+        """
         if self.ringing:
-            gain = min(bounds.change - above, bounds.cap) - bounds.drift
-            self._back = max(0.0, self._back + gain)
-            if self._back > bounds.bound:
-                self.reset()
+            self._come_back(above, ladder[0])
             return False
-        if self._sum <= 0.0:
-            self.since = step
-        self._sum = max(0.0, self._sum + max(-bounds.cap, min(above, bounds.cap)) - bounds.drift)
-        if self._sum <= bounds.bound:
-            return False
-        self.rang_at, self._back = step, 0.0
-        return True
+        if gate is not None:
+            self._gate.append((step, gate))
+        for each, bounds in zip(self._sums, ladder, strict=True):
+            if each.add(step, above, bounds) and self._gate_is_open(each.since, bounds):
+                self.since, self.rang_at = each.since, step
+                return True
+        return False
 
-    def reset(self) -> None:
-        """Begin anew."""
-        self.since, self.rang_at, self._sum, self._back = -1, -1, 0.0, 0.0
+    def _gate_is_open(self, since: int, bounds: Bounds) -> bool:
+        values = [value for step, value in self._gate if step >= since]
+        return not values or statistics.fmean(values) > bounds.drift
+
+    def _come_back(self, above: float, bounds: Bounds) -> None:
+        self._back = max(0.0, self._back + min(bounds.change - above, bounds.cap) - bounds.drift)
+        if self._back > bounds.bound:
+            self.reset()

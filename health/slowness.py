@@ -16,7 +16,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from health.changes import Alarm, Bounds, Noise, Past, bounds_for, percent
+from health.changes import Alarm, Bounds, Held, Noise, Past, ladder_for, percent
 from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import StepTimes
 
@@ -56,6 +56,7 @@ class _Series:
     def _begin(self) -> None:
         self.alarm.reset()
         self._noise = Noise()
+        self._held: Held[tuple[float, float, float]] = Held()
         self._seconds = Past()
         self._total = Past()
         self.recent: deque[float] = deque(maxlen=_WINDOW_STEPS)
@@ -63,28 +64,35 @@ class _Series:
     def add(
         self, step: int, by_rank: Mapping[int, StepTimes], change: float, steps: int, others: bool
     ) -> Bounds | None:
-        """Take in a step; returns the bounds that it broke. others: something else explains what may be seen."""
+        """Take in a step; returns the lowest bounds if it rings. others: something else explains what may be seen."""
         value_s = self.value_s(by_rank)
         total_s = statistics.median(times.total_s for times in by_rank.values())
         self.recent.append(value_s)
-        broken = None
-        if self._seconds.learnt:
-            above = self._above(value_s)
-            bounds = bounds_for(change, steps, self._noise.scale)
-            unready = others or self._noise.steps < _NOISE_STEPS
-            if unready and not self.alarm.ringing:
-                self.alarm.reset()
-            elif self.alarm.add(step, above, bounds):
-                broken = bounds
-            if not self.alarm.ringing:
-                self._noise.add({0: above}, bounds.cap)
-            elif step - self.alarm.rang_at >= _FOLLOWED_AFTER:
-                # It was told; what is slower still must be told from this.
-                self._begin()
-        if not self.alarm.ringing:
+        if not self._seconds.learnt:
             self._seconds.add(value_s)
             self._total.add(total_s)
-        return broken
+            return None
+        above = self._above(value_s)
+        ladder = ladder_for(change, steps, self._noise.scale)
+        rings = False
+        if self.alarm.ringing or not (others or self._noise.steps < _NOISE_STEPS):
+            rings = self.alarm.add(step, above, ladder)
+        else:
+            self.alarm.reset()
+        if not self.alarm.ringing:
+            for undisturbed in self._held.push((value_s, total_s, above), self.alarm.suspects(ladder)):
+                self._remember(*undisturbed, cap=ladder[0].cap)
+        elif step - self.alarm.rang_at >= _FOLLOWED_AFTER:
+            # It was told; what is slower still must be told from this.
+            self._begin()
+        else:
+            self._held.clear()
+        return ladder[0] if rings else None
+
+    def _remember(self, value_s: float, total_s: float, above: float, cap: float) -> None:
+        self._seconds.add(value_s)
+        self._total.add(total_s)
+        self._noise.add({0: [above]}, cap)
 
     def _above(self, value_s: float) -> float:
         rest_s = max(0.0, self._total.median - self._seconds.median) if self._of_step else 0.0

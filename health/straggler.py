@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import msgspec
 
 from configs.schema import HealthConfig, JobConfig
-from health.changes import LEARNT_AFTER, PAST, Alarm, Bounds, Noise, Past, bounds_for, percent
+from health.changes import LEARNT_AFTER, PAST, Alarm, Bounds, Held, Noise, Past, ladder_for, percent
 from health.slowness import Common, own_s
 from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import StepTimes
@@ -46,11 +46,24 @@ class _Rank:
         self.past = Past()
         self.undisturbed: deque[StepTimes] = deque(maxlen=PAST)
         self.recent: deque[StepTimes] = deque(maxlen=_WINDOW_STEPS)
+        self.held: Held[tuple[StepTimes, float | None]] = Held()
         self.alarm = Alarm()
         self.accused = False
 
-    def learn(self, times: StepTimes) -> None:
-        """Add an undisturbed step to the past."""
+    def learn(self, times: StepTimes, excess: float | None, suspected: bool) -> list[float]:
+        """Make the step part of the past once it is known to be undisturbed; returns the excess of those that are."""
+        if self.alarm.ringing:
+            self.held.clear()
+            return []
+        if not self.past.learnt:
+            self._remember(times)
+            return []
+        released = self.held.push((times, excess), suspected)
+        for each, _ in released:
+            self._remember(each)
+        return [noise for _, noise in released if noise is not None]
+
+    def _remember(self, times: StepTimes) -> None:
         self.past.add(_log(own_s(times)))
         self.undisturbed.append(times)
 
@@ -116,11 +129,11 @@ class Stragglers:
         """What can be seen in each group by now; empty while too little is known."""
         if self._begun < SKIPPED_STEPS + _SETTLED:
             return {}
-        bounds = {group: self._bounds(group) for group in self._groups}
-        return {group: Floor(each.scale, math.expm1(each.change), each.steps) for group, each in bounds.items()}
+        lowest = {group: self._ladder(group)[0] for group in self._groups}
+        return {group: Floor(each.scale, math.expm1(each.change), each.steps) for group, each in lowest.items()}
 
-    def _bounds(self, group: int) -> Bounds:
-        return bounds_for(self._change, self._config.straggler_steps, self._noise[group].scale)
+    def _ladder(self, group: int) -> tuple[Bounds, ...]:
+        return ladder_for(self._change, self._config.straggler_steps, self._noise[group].scale)
 
     def _judge_step(self, step: int, by_rank: Mapping[int, StepTimes], may_replace: bool) -> list[Verdict]:
         above = {}
@@ -131,23 +144,23 @@ class Stragglers:
         verdicts = []
         suspected = False
         for group, members in self._groups.items():
-            bounds = self._bounds(group)
+            ladder = self._ladder(group)
             excess = _excess(above, [rank for rank in members if rank in above])
-            usual = self._noise[group].middle
-            for rank, value in excess.items():
-                if self._ranks[rank].alarm.add(step, value - usual, bounds):
-                    verdicts.append(self._slow(rank, step, bounds, above))
-                suspected = suspected or self._ranks[rank].alarm.suspects(bounds)
-            calm = [rank for rank in members[:_SAMPLED] if rank in excess and not self._ranks[rank].alarm.ringing]
-            if calm:
-                self._noise[group].add({rank: excess[rank] for rank in calm}, bounds.cap)
-        for rank, times in by_rank.items():
-            if not self._ranks[rank].alarm.ringing:
-                self._ranks[rank].learn(times)
+            noise: dict[int, list[float]] = {}
+            for rank in members:
+                it = self._ranks[rank]
+                judged = rank in excess and self._noise[group].known
+                if judged and it.alarm.add(step, excess[rank], ladder, gate=above[rank]):
+                    verdicts.append(self._slow(rank, step, above, ladder[0]))
+                suspects = it.alarm.suspects(ladder)
+                suspected = suspected or suspects
+                if rank in by_rank:
+                    noise[rank] = it.learn(by_rank[rank], excess.get(rank), suspects)
+            self._noise[group].add({rank: noise[rank] for rank in members[:_SAMPLED] if noise.get(rank)}, ladder[0].cap)
         verdicts += self._common.judge(step, by_rank, suspected)
         return verdicts + self._compare_from_the_first(step) + self._persisting(step, may_replace)
 
-    def _slow(self, rank: int, step: int, bounds: Bounds, above: Mapping[int, float]) -> Verdict:
+    def _slow(self, rank: int, step: int, above: Mapping[int, float], lowest: Bounds) -> Verdict:
         it = self._ranks[rank]
         peers = self._peers(rank)
         now = [times for times in it.recent if times.step >= it.alarm.since]
@@ -162,7 +175,7 @@ class Stragglers:
             f"its {len(peers)} peers {percent(math.expm1(others))} in step {step}",
             f"slow is its {part}: {_mean(now, part):.4g} s instead of {it.usual_s(part):.4g} s, "
             f"{percent(share)} of the difference",
-            bounds.words(),
+            lowest.words(),
         )
         return self._verdict(rank, step, evidence, (now_s - before_s) / max(it.usual_s("total"), 1e-9))
 
@@ -238,13 +251,13 @@ def _mean(steps: Sequence[StepTimes], part: str) -> float:
 
 
 def _excess(above: Mapping[int, float], members: Sequence[int]) -> dict[int, float]:
-    """By rank, how far it is above its past and above its peers, whichever is less; peers: see the module."""
+    """By rank, how much further it is above its past than its peers are above theirs; peers: see the module."""
     pool = members if len(members) > 1 else list(above)
     ordered = sorted(above[rank] for rank in pool)
     if len(ordered) < 2:
         # A job of one rank: there is only its past.
         return {rank: above[rank] for rank in members}
-    return {rank: min(above[rank], above[rank] - _median_without(ordered, above[rank])) for rank in members}
+    return {rank: above[rank] - _median_without(ordered, above[rank]) for rank in members}
 
 
 def _median_without(ordered: Sequence[float], value: float) -> float:

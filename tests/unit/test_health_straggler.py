@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import ClusterConfig, HealthConfig, ParallelismConfig
-from health.changes import bounds_for
+from health.changes import ladder_for
 from health.straggler import Stragglers, peer_groups
 from health.verdict import Cause, Certainty, Severity, Verdict
 from tests.unit.noisysteps import Machine, Slow
@@ -195,8 +195,8 @@ def test_a_rank_that_tells_nothing_does_not_stop_the_judging_of_others() -> None
 @given(st.floats(0.0, 0.6), st.integers(1, 8))
 def test_bounds_ask_for_as_many_steps_as_they_were_told_to_at_least(noise: float, steps: int) -> None:
     """Promise: fewer steps than asked for never ring, and noise makes bounds wider, never narrower."""
-    bounds = bounds_for(0.182, steps, noise)
+    bounds = ladder_for(0.182, steps, noise)[0]
     assert (steps - 1) * (bounds.cap - bounds.drift) < bounds.bound
     assert bounds.steps >= steps
     assert bounds.change >= 0.182
-    assert bounds_for(0.182, steps, noise + 0.1).change >= bounds.change
+    assert ladder_for(0.182, steps, noise + 0.1)[0].change >= bounds.change
