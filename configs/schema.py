@@ -214,7 +214,7 @@ class HealthConfig(Section, frozen=True, kw_only=True):
     """
 
     heartbeat_interval_s: PositiveFloat = 0.5
-    heartbeat_timeout_s: PositiveFloat = 5.0
+    heartbeat_timeout_s: PositiveFloat = 2.5
     hang_factor: PositiveFloat = 2.0
     hang_floor_s: PositiveFloat = 3.0
     hang_patience: Annotated[float, msgspec.Meta(ge=1)] = 5.0
