@@ -1,4 +1,4 @@
-"""`python -m benchmarks.overhead`: steps per second with everything on, against the bare loop."""
+"""`python -m benchmarks.overhead`: steps per second with everything on, with the probes off, and of a bare loop."""
 
 from __future__ import annotations
 
@@ -22,12 +22,23 @@ FIXED = {
     "layers": 6, "vocab_size": 2048, "seq_len": 128, "global_batch_size": 8, "microbatch_size": 2,
 }  # fmt: skip
 RANKS = (2, 4)
+# What looks at a step or at a node beside it, by family. What remains notices ends, silence and hangs.
+PROBES: dict[str, tuple[str, ...]] = {
+    "times of steps": ("--health.probe_steps", "false"),
+    "record of collectives": ("--health.flight_record_entries", "0"),
+    "checksums": ("--integrity.interval_steps", "0", "--integrity.replay_interval_steps", "0"),
+    "numbers": ("--numbers.layers_interval_steps", "0", "--numbers.spike_z", "0"),
+    "node": ("--health.node_probe_interval_s", "0", "--health.selftest_interval_minutes", "0"),
+    "GPU": ("--health.gpu_interval_s", "0", "--health.dcgm_interval_s", "0"),
+}
+PROBES_OFF = tuple(word for words in PROBES.values() for word in words)
 
 NOTES = (
     "everything on: supervisor, agent, heartbeats, a verified snapshot of every step in memory and of every 10th on "
     "disk, the vote, sample ledger, metrics of every step, wandb offline.",
+    f"probes off: the same without {', '.join(PROBES)}.",
     "bare loop: the same engine and data under torchrun; forward, backward, clipping and the optimizer, no more.",
-    f"steps/s: of each round, by the median time between the ends of steps, without the first {SKIP}; rounds of both "
+    f"steps/s: of each round, by the median time between the ends of steps, without the first {SKIP}; rounds of all "
     "sides in turn. processor: seconds of processor time that a step costs, all processes of a role together.",
     "the two cores are all there is: what the supervisor and the agent use is taken from the ranks here, which a node "
     "with cores to spare would not notice.",
@@ -48,27 +59,21 @@ def main() -> None:
     """Measure, show, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40, help="steps in each round")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of both sides")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of all sides")
     parser.add_argument("--no-wait", action="store_true", help="do not wait for a quiet machine")
+    parser.add_argument("--quick", action="store_true", help="one short round on 2 ranks: whether it runs at all")
     options = parser.parse_args()
+    if options.quick:
+        options.steps, options.rounds, options.no_wait = 2 * SKIP, 1, True
+    rank_counts = RANKS[:1] if options.quick else RANKS
     if not options.no_wait:
         wait_for_quiet()
     here, taken_at, began_s = machine(), now(), time.monotonic()
     found: list[Series] = []
     with workspace("overhead") as place:
         corpus = small_corpus(place.disk / "corpus")
-        for ranks in RANKS:
-            job = place.disk / f"job-{ranks}.toml"
-            job.write_text(JOB.format(corpus=corpus, steps=options.steps, ranks=ranks, **FIXED))
-            bare, full = Samples(), Samples()
-            for number in range(options.rounds):
-                _bare(place, job, ranks, options.steps, bare)
-                _everstep(place, job, f"overhead-{ranks}-{number}", options.steps, full)
-                console.print(
-                    f"{ranks} ranks, round {number + 1}: bare {bare.rates[-1]:.2f}, "
-                    f"everything on {full.rates[-1]:.2f} steps/s"
-                )
-            found += [*_series("everstep", ranks, full), *_series("bare loop", ranks, bare)]
+        for ranks in rank_counts:
+            found += _measure(place, corpus, ranks, options.steps, options.rounds)
     result = Result(
         benchmark="overhead",
         taken_at=taken_at,
@@ -78,17 +83,39 @@ def main() -> None:
         settings=settings({**FIXED, "steps": options.steps, "rounds": options.rounds}),
         series=tuple(sorted(found, key=lambda each: each.side, reverse=True)),
         ratios=tuple(
-            ratio(f"{what}, {ranks} ranks", _named(found, "everstep", name), _named(found, "bare loop", name))
-            for ranks in RANKS
-            for what, name in (
-                ("speed kept with everything on", f"{ranks} ranks"),
-                ("processor time of the ranks themselves", f"{ranks} ranks: processor, ranks"),
+            ratio(f"{what}, {ranks} ranks", _named(found, "everstep", name), _named(found, against, name))
+            for ranks in rank_counts
+            for what, against, name in (
+                ("speed kept with everything on", "bare loop", f"{ranks} ranks"),
+                ("processor time of the ranks themselves", "bare loop", f"{ranks} ranks: processor, ranks"),
+                ("speed kept with the probes on", "probes off", f"{ranks} ranks"),
+                ("processor time of the ranks with the probes on", "probes off", f"{ranks} ranks: processor, ranks"),
             )
         ),
         notes=NOTES,
     )
     show(result)
-    console.print(f"written to {write_result(result)}")
+    if not options.quick:
+        console.print(f"written to {write_result(result)}")
+
+
+def _measure(place: Workspace, corpus: Path, ranks: int, steps: int, rounds: int) -> list[Series]:
+    """All rounds of all sides at one number of ranks."""
+    job = place.disk / f"job-{ranks}.toml"
+    job.write_text(JOB.format(corpus=corpus, steps=steps, ranks=ranks, **FIXED))
+    bare, full, unprobed = Samples(), Samples(), Samples()
+    for number in range(rounds):
+        _bare(place, job, ranks, steps, bare)
+        # Which of the two comes first changes: the machine may get faster or slower while they run.
+        sides = [("on", full, ()), ("off", unprobed, PROBES_OFF)]
+        for name, into, words in sides if number % 2 == 0 else reversed(sides):
+            _everstep(place, job, f"overhead-{ranks}-{number}-{name}", steps, into, words)
+        console.print(
+            f"{ranks} ranks, round {number + 1}: bare {bare.rates[-1]:.2f}, "
+            f"everything on {full.rates[-1]:.2f}, probes off {unprobed.rates[-1]:.2f} steps/s"
+        )
+    sided = (("everstep", full), ("probes off", unprobed), ("bare loop", bare))
+    return [each for side, samples in sided for each in _series(side, ranks, samples)]
 
 
 def _rate(ends: Sequence[float]) -> float:
@@ -103,11 +130,13 @@ def _bare(place: Workspace, job: Path, ranks: int, steps: int, into: Samples) ->
     into.processor_s["ranks"] += found["cpu_s"]
 
 
-def _everstep(place: Workspace, job: Path, name: str, steps: int, into: Samples) -> None:
+def _everstep(
+    place: Workspace, job: Path, name: str, steps: int, into: Samples, overrides: Sequence[str]
+) -> None:  # fmt: skip
     """One round of a whole job."""
     run_dir, log = place.disk / "runs" / name, place.disk / f"{name}.out"
     words = ["-m", "cluster.cli", "run", str(job), "--run.dir", str(run_dir.parent), "--run.name", name]
-    pid = place.start([*words, "--checkpoint.ram_dir", str(place.memory)], log)
+    pid = place.start([*words, "--checkpoint.ram_dir", str(place.memory), *overrides], log)
 
     def reached(step: int) -> bool:
         if place.ended(pid) not in (None, 0):

@@ -17,6 +17,8 @@ import psutil
 if TYPE_CHECKING:
     from tests.chaos.jobs import Job
 
+_SLICE_S = 0.02
+
 
 def processes_writing(log: Path) -> Iterator[psutil.Process]:
     """Processes whose standard output is this log file."""
@@ -62,6 +64,27 @@ def crash_worker(run_dir: Path, node: str, rank: int, number: signal.Signals) ->
 def stop_worker(run_dir: Path, node: str, rank: int) -> None:
     """SIGSTOP one rank: it hangs, and everybody who waits for it."""
     rank_process(run_dir, node, rank).send_signal(signal.SIGSTOP)
+
+
+@contextlib.contextmanager
+def slowed_worker(run_dir: Path, node: str, rank: int, share: float) -> Iterator[None]:
+    """One rank gets only a part of its time: of each 20 ms it is stopped for this share."""
+    victim, done = rank_process(run_dir, node, rank), threading.Event()
+
+    def stop_and_go() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while not done.wait(_SLICE_S * (1 - share)):
+                victim.send_signal(signal.SIGSTOP)
+                done.wait(_SLICE_S * share)
+                victim.send_signal(signal.SIGCONT)
+
+    thread = threading.Thread(target=stop_and_go, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def kill_node(run_dir: Path, node: str) -> None:

@@ -128,6 +128,7 @@ def _leave_out(_: str) -> None:
         if more or named:
             return all_reduce(tensor, *more, **named)
         dist.all_reduce = all_reduce
+        return None
 
     dist.all_reduce = left_out
 
@@ -189,4 +190,6 @@ DEEDS: dict[str, Callable[[str], None]] = {
     "leave out": _leave_out,
     "hold lock": _hold_lock,
     "compute": _compute,
+    "slow forward": _slow_forward,
+    "slow reads": _slow_reads,
 }
