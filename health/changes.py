@@ -153,7 +153,7 @@ class _Blocks:
     @property
     def telling(self) -> bool:
         """Whether there are so many that the error of a young past is not taken for a wave."""
-        return len(self.means) >= self.length
+        return len(self.means) >= _KNOWN_AFTER
 
     def add(self, series: int, steps: Sequence[float], cap: float) -> None:
         block = self._open.setdefault(series, [])

@@ -21,6 +21,8 @@ from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import StepTimes
 
 _FOLLOWED_AFTER = 64
+# Whole machines have slow spells, and no peers show them to be spells: slow work everywhere must last longer.
+_PATIENCE = 4
 # One series a job, not one a rank: it takes longer until its noise is known.
 _NOISE_STEPS = 32
 _WINDOW_STEPS = 16
@@ -131,7 +133,8 @@ class Common:
         verdicts = []
         for series in (self._data, self._work, self._network):
             others = series is self._network and (straggler or self._work.alarm.ringing or self._data.alarm.ringing)
-            bounds = series.add(step, by_rank, self._change, self._steps, others)
+            steps = self._steps * (_PATIENCE if series is self._work else 1)
+            bounds = series.add(step, by_rank, self._change, steps, others)
             if bounds is not None:
                 verdicts.append(_verdict(series, step, bounds))
         return verdicts
