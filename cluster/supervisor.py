@@ -17,16 +17,16 @@ from cluster import events, suspicions
 from cluster.actions import Decision, Evict, Nothing, Replace, Restart, Stop, action_event
 from cluster.ending import End, ended_after, too_few
 from cluster.evidence import worth_telling
-from cluster.fleet import AgentView, all_finished, first_members, ready_members
+from cluster.fleet import AgentView, first_members
 from cluster.fleet_doctor import FleetDoctor
+from cluster.generations import Generations
 from cluster.inbox import Inbox
 from cluster.incidents import write_incident
 from cluster.jobstate import JobState
 from cluster.journal import Journal
 from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
 from cluster.noticing import Noticing, OpenIncident, Suspicion
-from cluster.placement import Placement
-from cluster.planning import make_plan, ranks_of
+from cluster.planning import ranks_of
 from cluster.policy import decide, leftover
 from cluster.policy_numbers import Rollback
 from cluster.rundir import RunDir
@@ -72,15 +72,8 @@ class Supervisor:
         self.views: dict[str, AgentView] = {}
         self.noticing = Noticing(config, scheduler, self.views, time.monotonic())
         self.doctor = FleetDoctor(run_dir, config.health)
-        self.members: tuple[str, ...] = ()
-        self.target_generation = state.generation
-        self.plan: Plan | None = None
-        self.gather: tuple[Gather, ...] = ()
-        self.placement = Placement(config.checkpoint.peer_copies)
+        self.generations = Generations(config, self.views, state.generation)
         self.leaving: str = ""
-        self.reason = "start"
-        self.gathering_since_s = 0.0
-        self.ready_since_s = float("inf")
         self.incident: OpenIncident | None = None
         self.inbox = Inbox()
         self.skipped_step = -1
@@ -116,9 +109,7 @@ class Supervisor:
         it decided on a new generation, and died before it had planned that.
         """
         self.noticing.adopt(self.handles, time.monotonic())
-        self.members = tuple(order)
-        self.target_generation = plan.generation
-        self.gather = tuple(gather)
+        self.generations.resume(plan, gather, order)
         if interrupted or tuple(order) != plan.nodes:
             self.next_generation(order, "the last supervisor had decided on it")
         else:
@@ -137,7 +128,8 @@ class Supervisor:
             return
         known = self.views.get(report.node)
         if report.node not in self.state.evicted:
-            self._catch_up(report)
+            if self.generations.falls_behind(report):
+                self.next_generation(self.generations.members, "agents knew a newer generation than the journal")
             if report.notice:
                 self._told_to_leave(report)
         if report.node in self.state.evicted:
@@ -150,11 +142,11 @@ class Supervisor:
             return
         self.views[report.node] = AgentView(report, time.monotonic())
         self.doctor.take(report)
-        self.placement.update(self.members, self.views)
+        self.generations.placement.update(self.generations.members, self.views)
         if report.readiness is not None and (known is None or known.report.readiness is None) and not report.generation:
             self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid, hardware=report.hardware)
         self._take_facts(report)
-        if self.plan is not None and report.node in self.members and report.generation == self.plan.generation:
+        if self.generations.runs(report):
             self._take_exits(report)
             self.noticing.hear(report, time.monotonic())
             if report.status is AgentStatus.FINISHED and (known is None or known.report.status != report.status):
@@ -174,17 +166,10 @@ class Supervisor:
                 case FactKind.CORRUPTION_FOUND if report.node not in self.state.evicted:
                     self.accuse(Suspicion(suspicions.corruption(fact), fact.t_wall_s))
 
-    def _catch_up(self, report: AgentReport) -> None:
-        """Agents may know a newer generation than the journal of a supervisor that died: never fall behind them."""
-        heard_of = report.readiness.ready_for if report.readiness else 0
-        if self.members and max(heard_of, report.generation) > self.target_generation:
-            self.target_generation = max(heard_of - 1, report.generation)
-            self.next_generation(self.members, "agents knew a newer generation than the journal")
-
     def _told_to_leave(self, report: AgentReport) -> None:
         """A node will be taken away: all ranks save at the next step's end, and then a spare takes its place."""
-        if report.node not in self.members:
-            if self.members:
+        if report.node not in self.generations.members:
+            if self.generations.members:
                 self._evict(report.node, f"spare: {report.notice}")
             return
         if self.leaving or self.wish is not Wish.RUN:
@@ -192,7 +177,7 @@ class Supervisor:
         self.leaving, self.wish = report.node, Wish.SAVE_AND_LEAVE
         self.leave_by_s = time.monotonic() + self.config.cluster.leave_timeout_s
         fact = Fact(
-            kind=FactKind.STOPPING, node=report.node, rank=-1, generation=self.target_generation,
+            kind=FactKind.STOPPING, node=report.node, rank=-1, generation=self.generations.number,
             step=self.noticing.progress.newest_step, t_wall_s=time.time(),
             detail=f"{report.notice}: state is saved first",
         )  # fmt: skip
@@ -224,7 +209,8 @@ class Supervisor:
 
     def _judge_numbers(self, fact: Fact) -> None:
         """Of a generation that is over, or will be, nobody waits for an answer any more."""
-        if fact.kind is not FactKind.ROLLBACK_WANTED or (fact.generation == self.target_generation and self.plan):
+        waiting = fact.generation == self.generations.number and self.generations.plan is not None
+        if waiting or fact.kind is not FactKind.ROLLBACK_WANTED:
             self.accuse(Suspicion(suspicions.odd_numbers(fact), fact.t_wall_s))
 
     def _take_verdicts(self, report: AgentReport) -> None:
@@ -236,7 +222,7 @@ class Supervisor:
         """Act on what a probe found, as far as its verdict reaches."""
         verdict = suspicion.verdict
         if verdict.severity is Severity.NOTICE:
-            self._only_note(verdict, suspicion.failed_wall_s, self.target_generation)
+            self._only_note(verdict, suspicion.failed_wall_s, self.generations.number)
         elif self.wish is Wish.RUN:
             self.suspect(suspicion)
 
@@ -250,7 +236,7 @@ class Supervisor:
 
     def send_order(self, node: str) -> None:
         """Tell a node the whole of what is wanted of it."""
-        view = self.views.get(node)
+        view, wanted = self.views.get(node), self.generations
         gone = node in self.state.evicted
         if self._waits_for_adopted() and not gone and self.wish is Wish.RUN:
             return
@@ -259,11 +245,11 @@ class Supervisor:
             Order(
                 ack_seq=view.report.seq if view else 0,
                 wish=Wish.SHUT_DOWN if gone else self.wish,
-                target_generation=self.target_generation,
-                plan=self.plan,
-                copy_to=self.placement.copy_to(node),
-                keep_for=self.placement.keep_for(node, self.config.cluster.ranks_per_node),
-                gather=self.placement.sources(self.gather, node, ranks_of(node, self.plan)),
+                target_generation=wanted.number,
+                plan=wanted.plan,
+                copy_to=wanted.placement.copy_to(node),
+                keep_for=wanted.placement.keep_for(node, self.config.cluster.ranks_per_node),
+                gather=wanted.placement.sources(wanted.gather, node, ranks_of(node, wanted.plan)),
                 rejected=self.state.rejected,
                 collect=self.noticing.collect,
                 measure=self.doctor.order_for(node),
@@ -284,7 +270,7 @@ class Supervisor:
 
     def broadcast(self) -> None:
         """Send everybody its order now, without waiting for the next report."""
-        self.placement.update(self.members, self.views)
+        self.generations.placement.update(self.generations.members, self.views)
         for node in self.views:
             self.send_order(node)
 
@@ -303,16 +289,17 @@ class Supervisor:
             return
         for suspicion in self.noticing.silent(self.handles, self.state.evicted, now):
             node = suspicion.verdict.node
-            if node in self.members or not self.members:
+            if node in self.generations.members or not self.generations.members:
                 self.suspect(suspicion)
             else:
                 self._evict(node, f"spare: {suspicion.verdict.evidence[0]}")
         if self.incident is not None:
             return
-        if self.plan is not None:
+        if self.generations.plan is not None:
             self._watch_workers(now)
             return
-        for suspicion in self.noticing.missing(self.members, self.target_generation, self.gathering_since_s, now):
+        wanted = self.generations
+        for suspicion in self.noticing.missing(wanted.members, wanted.number, wanted.begun_s, now):
             self.suspect(suspicion)
 
     def _watch_workers(self, now: float) -> None:
@@ -337,7 +324,7 @@ class Supervisor:
         number = self.state.next_incident
         given = self.emit(
             events.VerdictGiven,
-            generation=self.target_generation,
+            generation=self.generations.number,
             verdict=root,
             t_failed_wall_s=incident.failed_wall_s,
             incident=number,
@@ -357,8 +344,7 @@ class Supervisor:
         """Hold nodes against each other before they get ranks, and go on with an examination of the network."""
         step = self.noticing.progress.newest_step
         changed, found = self.doctor.tick(self.views, self.state.evicted, now, time.time(), step)
-        gathering = self.members and self.plan is None
-        if gathering and len(ready_members(self.members, self.views, self.target_generation)) == len(self.members):
+        if self.generations.plan is None and self.generations.all_ready:
             found = [*found, *self.doctor.misfits(self.views)]
         for verdict in found:
             self.accuse(Suspicion(verdict, time.time()))
@@ -376,13 +362,13 @@ class Supervisor:
         self.emit(action_event, decision=decision, incident=number, blamed=root.node)
         match decision.action:
             case Restart(reason=reason) | Rollback(reason=reason):
-                self.next_generation(self.members, reason)
+                self.next_generation(self.generations.members, reason)
             case Replace(node=node, spare=spare, reason=reason):
                 self._evict(node, reason)
-                self.next_generation(tuple(spare if m == node else m for m in self.members), reason)
+                self.next_generation(tuple(spare if m == node else m for m in self.generations.members), reason)
             case Evict(node=node, reason=reason):
                 self._evict(node, reason)
-                if node in self.members:
+                if node in self.generations.members:
                     # Lost before it was given ranks: whoever else came up takes its place.
                     self._choose_first_members()
             case Stop(exit_code=code, reason=reason):
@@ -401,55 +387,37 @@ class Supervisor:
 
     def next_generation(self, members: Sequence[str], reason: str) -> None:
         """Have everybody stop and report in for a new generation of workers."""
-        self.members = tuple(members)
-        self.target_generation += 1
-        self.plan = None
-        self.reason = reason
-        self.gathering_since_s = time.monotonic()
-        self.ready_since_s = float("inf")
+        self.generations.begin(members, reason, time.monotonic())
         self.broadcast()
 
     def try_plan(self) -> None:
         """Hand out ranks when everybody who is needed is ready."""
-        if self.wish is not Wish.RUN or self.incident is not None or self.plan is not None:
+        if self.wish is not Wish.RUN or self.incident is not None or self.generations.plan is not None:
             return
-        if not self.members:
+        if not self.generations.members:
             self._choose_first_members()
             return
-        if len(ready_members(self.members, self.views, self.target_generation)) < len(self.members):
+        wanted = self.generations
+        if not wanted.all_ready or self._waits_for_adopted() or wanted.waits_for_spares(time.monotonic()):
             return
-        if self._waits_for_adopted() or self._waits_for_spares():
-            return
-        ranks_per_node = self.config.cluster.ranks_per_node
-        plan, self.gather = make_plan(self.target_generation, self.members, ranks_per_node, self.views, self.state)
+        plan = wanted.make(self.state)
         self.emit(
             events.GenerationPlanned,
             generation=plan.generation,
             nodes=plan.nodes,
-            ranks_per_node=ranks_per_node,
+            ranks_per_node=plan.ranks_per_node,
             store_host=plan.store_host,
             store_port=plan.store_port,
             ram_step=plan.ram_step,
             ram_generation=plan.ram_generation,
-            gather=self.gather,
-            reason=self.reason,
+            gather=wanted.gather,
+            reason=wanted.reason,
         )
         self._follow(plan)
         self.broadcast()
 
-    def _waits_for_spares(self) -> bool:
-        """Whether a node without ranks, which may keep the only copy of a shard, still looks through its memory.
-
-        What it said for an earlier generation is old. It is not waited for any longer than for a heartbeat.
-        """
-        now = time.monotonic()
-        self.ready_since_s = min(self.ready_since_s, now)
-        said = [view.report.readiness for node, view in self.views.items() if node not in self.members]
-        looking = any(readiness is not None and readiness.ready_for < self.target_generation for readiness in said)
-        return looking and now - self.ready_since_s <= self.config.health.heartbeat_timeout_s
-
     def _follow(self, plan: Plan) -> None:
-        self.plan = plan
+        self.generations.plan = plan
         self.noticing.follow(plan, time.monotonic())
 
     def _choose_first_members(self) -> None:
@@ -458,7 +426,7 @@ class Supervisor:
             self._end(too_few(len(usable), self.config.cluster.nodes))
             return
         wanted = first_members(usable, self.config.cluster.nodes, self.state.doubtful)
-        self.next_generation(wanted, self.reason)
+        self.next_generation(wanted, self.generations.reason)
 
     # The end ------------------------------------------------------------------------------------------------------
 
@@ -466,8 +434,8 @@ class Supervisor:
         """See whether the job is done, or should leave."""
         if self.exit_code is not None:
             return
-        if self.plan is not None and all_finished(self.members, self.views, self.plan.generation):
-            last = max(self.views[n].report.finished_step for n in self.members)
+        last = self.generations.finished_after()
+        if last is not None:
             if self.leaving and not self.interrupts and last < self.config.training.steps:
                 self._hand_over()
             else:
@@ -487,13 +455,8 @@ class Supervisor:
         self.exit_code, self.stop_reason = end.exit_code, end.reason
 
     def _leave_now(self, now: float) -> bool:
-        failed = self.plan is not None and any(
-            self.views[n].report.exits for n in self.members if n in self.views and self._in_plan(n)
-        )
-        return self.interrupts > 1 or now >= self.leave_by_s or self.plan is None or failed
-
-    def _in_plan(self, node: str) -> bool:
-        return self.plan is not None and self.views[node].report.generation == self.plan.generation
+        over = self.generations.plan is None or self.generations.anybody_failed()
+        return self.interrupts > 1 or now >= self.leave_by_s or over
 
     def shut_down(self) -> None:
         """Let all agents go, see that they went, and write the last line of the journal."""

@@ -36,8 +36,12 @@ def test_last_words_of_an_evicted_node_do_not_bring_it_back(tmp_path: Path) -> N
     supervisor.scheduler.kill("node1", "node1")
     turn_until(supervisor, planned(supervisor, "node0", "node2"))
     assert "node1" not in supervisor.views
-    assert supervisor.placement.copy_to("node0") == (ADDRESSES["node2"],)
-    assert supervisor.gather == (Gather(0, ("node0", "node2")), Gather(1, ("node0", "node2")), *supervisor.gather[2:])
+    assert supervisor.generations.placement.copy_to("node0") == (ADDRESSES["node2"],)
+    assert supervisor.generations.gather == (
+        Gather(0, ("node0", "node2")),
+        Gather(1, ("node0", "node2")),
+        *supervisor.generations.gather[2:],
+    )
 
 
 def test_a_spare_that_is_told_to_leave_is_gone_at_once(tmp_path: Path) -> None:
@@ -89,8 +93,8 @@ def test_copies_on_a_spare_that_still_looks_through_its_memory_count(tmp_path: P
 
     supervisor = take_over(tmp_path, answer, (), RESTARTED)
     turn_until(supervisor, planned(supervisor, "node0", "node1"))
-    assert supervisor.plan is not None
-    assert supervisor.plan.ram_step == 9
+    assert supervisor.generations.plan is not None
+    assert supervisor.generations.plan.ram_step == 9
 
 
 def test_a_spare_that_never_answers_is_not_waited_for(tmp_path: Path) -> None:

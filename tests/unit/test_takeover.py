@@ -124,7 +124,9 @@ def turn_until(supervisor: Supervisor, condition: Callable[[], bool], timeout_s:
     """Turn the supervisor's loop until something holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, f"it waits: plan {supervisor.plan}, incident {supervisor.incident}"
+        assert time.monotonic() < deadline, (
+            f"it waits: plan {supervisor.generations.plan}, incident {supervisor.incident}"
+        )
         assert supervisor.exit_code is None, supervisor.stop_reason
         for report in supervisor.socket.receive(0.0):
             supervisor.take(report)
@@ -136,7 +138,11 @@ def turn_until(supervisor: Supervisor, condition: Callable[[], bool], timeout_s:
 
 
 def planned(supervisor: Supervisor, *nodes: str) -> Callable[[], bool]:
-    return lambda: supervisor.plan is not None and supervisor.plan.generation > 1 and supervisor.plan.nodes == nodes
+    return lambda: (
+        supervisor.generations.plan is not None
+        and supervisor.generations.plan.generation > 1
+        and supervisor.generations.plan.nodes == nodes
+    )
 
 
 PEER_LOST = WorkerExit(
@@ -164,7 +170,7 @@ def test_a_node_that_is_silent_since_is_replaced(tmp_path: Path) -> None:
 def test_a_dead_spare_takes_nobodys_place(tmp_path: Path) -> None:
     supervisor = take_over(tmp_path, lambda s: [s.ready("node0", 1), s.ready("node1", 1)], ("node2",))
     turn_until(supervisor, lambda: "node2" in supervisor.state.evicted)
-    assert supervisor.members == ("node0", "node1")
+    assert supervisor.generations.members == ("node0", "node1")
 
 
 def test_a_replacement_that_was_decided_is_carried_out(tmp_path: Path) -> None:
@@ -185,7 +191,7 @@ def test_agents_that_heard_of_a_newer_generation_are_caught_up_with(tmp_path: Pa
     answer: Answer = lambda s: [s.ready(node, 5) for node in ("node0", "node1", "node2")]  # noqa: E731
     supervisor = take_over(tmp_path, answer, (), RESTARTED)
     turn_until(supervisor, planned(supervisor, "node0", "node1"))
-    assert supervisor.target_generation == 5
+    assert supervisor.generations.number == 5
     assert supervisor.state.evicted == ()
 
 
