@@ -39,7 +39,7 @@ def timed_steps(count: int) -> tuple[list[Split], float]:
 
 
 def test_computing_and_waiting_are_told_apart_on_the_device() -> None:
-    """Promise: the computing stream's sleep is forward, that of the other one is waiting, and backward is short."""
+    """Promise: the computing stream's sleep is forward, the other one's waiting, and backward is short."""
     splits, host_s = timed_steps(4)
     assert [each.step for each in splits] == [1, 2, 3], "a step is read one step late"
     assert host_s < 0.05, "nothing may wait for the device"
