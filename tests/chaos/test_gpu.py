@@ -19,11 +19,15 @@ pytestmark = pytest.mark.chaos
 
 OVERRIDES = (
     "--training.steps", "2000", "--checkpoint.persist_interval_steps", "1000", "--health.gpu_interval_s", "0.2",
-    "--health.gpu_timeout_s", "1.5", "--health.gpu_throttle_samples", "10", "--health.max_evictions_per_hour", "100",
+    "--health.gpu_timeout_s", "1.5", "--health.max_evictions_per_hour", "100",
+)  # fmt: skip
+TWO_RANKS = (
+    "--cluster.nodes", "1", "--parallelism.tp", "2", "--parallelism.dp_shard", "1", "--cluster.spares", "1",
+    "--health.gpu_throttle_samples", "100",
 )  # fmt: skip
 ONE_RANK = (
     "--cluster.nodes", "1", "--cluster.ranks_per_node", "1", "--parallelism.tp", "1", "--parallelism.dp_shard", "1",
-    "--cluster.spares", "4",
+    "--cluster.spares", "4", "--health.gpu_throttle_samples", "10",
 )  # fmt: skip
 
 Inject = Callable[[FakeGpus, str, int], None]
@@ -142,18 +146,18 @@ def has_evidence(run_dir: Path, words: str) -> bool:
 def test_a_dead_gpu_evicts_its_node_and_a_rumour_does_not(start: Callable[..., Job], library: FakeGpus) -> None:
     """Promise: an XID that is only logged and a short spell of heat are noted at most; XID 79 on one GPU evicts its
     node, the incident holds the GPU, the rank and the reading, and the spare goes on."""
-    job = start("gpu", ())
+    job = start("gpu", TWO_RANKS)
     library.xid("node0", 1, 63)
-    library.set("node1", 0, "reasons", 0x40)
+    library.set("node0", 0, "reasons", 0x40)
     job.wait_until(lambda: any(each.fingerprint == "xid 63" for each in verdicts(job)), "the note")
-    library.heal("node1")
+    library.heal("node0")
     job.wait_for_step(job.steps()[-1].step + 5)
     assert newest_plan(job).generation == 1
     assert [(each.fingerprint, each.severity) for each in verdicts(job)] == [("xid 63", Severity.NOTICE)]
     verdict = inject_and_await_eviction(job, library, "xid 79", 1)
     assert (verdict.rank, verdict.device, verdict.severity) == (1, "gpu1", Severity.NODE)
     assert evicted(job) == ["node0"]
-    assert newest_plan(job).nodes == ("node2", "node1")
+    assert newest_plan(job).nodes == ("node1",)
     assert has_evidence(job.run_dir, "fallen off the bus")
     assert has_evidence(job.run_dir, "GPU-fa4e0001")
     leave(job)
