@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -25,7 +25,6 @@ series would begin to follow it."""
 PAST = 256
 """Values of its past that a series remembers."""
 _LADDER = (1.0, 2.0, 4.0)
-_GATE_STEPS = 16
 _BLOCKS = (4, 16)
 _LOOK_EVERY = 4
 _DOUBT = 16.0
@@ -193,6 +192,14 @@ class Held(Generic[T]):
         self._steps.clear()
 
 
+Agrees = Callable[[int, float], bool]
+
+
+def always(since: int, change: float) -> bool:
+    """Nothing else is asked."""
+    return True
+
+
 class _Sum:
     """The sum for one size of change, and the step that it grew from."""
 
@@ -222,7 +229,6 @@ class Alarm:
         """Begin anew."""
         self.since, self.rang_at = -1, -1
         self._sums = [_Sum() for _ in _LADDER]
-        self._gate: deque[tuple[int, float]] = deque(maxlen=_GATE_STEPS)
         self._back = 0.0
 
     @property
@@ -236,25 +242,19 @@ class Alarm:
             each.value > bounds.bound / 2 for each, bounds in zip(self._sums, ladder, strict=True)
         )
 
-    def add(self, step: int, above: float, ladder: Sequence[Bounds], gate: float | None = None) -> bool:
+    def add(self, step: int, above: float, ladder: Sequence[Bounds], agrees: Agrees = always) -> bool:
         """Take in how far the series is above what it is held against. Returns whether it begins to ring.
 
-        gate: a second series, which must have risen too, on average over the steps that show the change.
+        agrees: asked before it rings, with the first of the steps that show the change, and the change.
         """
         if self.ringing:
             self._come_back(above, ladder[0])
             return False
-        if gate is not None:
-            self._gate.append((step, gate))
         for each, bounds in zip(self._sums, ladder, strict=True):
-            if each.add(step, above, bounds) and self._gate_is_open(each.since, bounds):
+            if each.add(step, above, bounds) and agrees(each.since, bounds.change):
                 self.since, self.rang_at = each.since, step
                 return True
         return False
-
-    def _gate_is_open(self, since: int, bounds: Bounds) -> bool:
-        values = [value for step, value in self._gate if step >= since]
-        return not values or statistics.fmean(values) > bounds.drift
 
     def _come_back(self, above: float, bounds: Bounds) -> None:
         self._back = max(0.0, self._back + min(bounds.change - above, bounds.cap) - bounds.drift)

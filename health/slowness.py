@@ -16,7 +16,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from health.changes import Alarm, Bounds, Held, Noise, Past, ladder_for, percent
+from health.changes import Agrees, Alarm, Bounds, Held, Noise, Past, always, ladder_for, percent
 from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import StepTimes
 
@@ -64,9 +64,9 @@ class _Series:
         self.recent: deque[float] = deque(maxlen=_WINDOW_STEPS)
 
     def add(
-        self, step: int, by_rank: Mapping[int, StepTimes], change: float, steps: int, others: bool
+        self, step: int, by_rank: Mapping[int, StepTimes], change: float, steps: int, agrees: Agrees
     ) -> Bounds | None:
-        """Take in a step; returns the lowest bounds if it rings. others: something else explains what may be seen."""
+        """Take in a step; returns the lowest bounds if it rings. agrees: see `Alarm.add`."""
         value_s = self.value_s(by_rank)
         total_s = statistics.median(times.total_s for times in by_rank.values())
         self.recent.append(value_s)
@@ -77,10 +77,8 @@ class _Series:
         above = self._above(value_s)
         ladder = ladder_for(change, steps, self._noise.scale)
         rings = False
-        if self.alarm.ringing or not (others or self._noise.steps < _NOISE_STEPS):
-            rings = self.alarm.add(step, above, ladder)
-        else:
-            self.alarm.reset()
+        if self._noise.steps >= _NOISE_STEPS:
+            rings = self.alarm.add(step, above, ladder, agrees)
         if not self.alarm.ringing:
             for undisturbed in self._held.push((value_s, total_s, above), self.alarm.suspects(ladder)):
                 self._remember(*undisturbed, cap=ladder[0].cap)
@@ -128,16 +126,20 @@ class Common:
         self._work = _Series(Cause.SLOW_JOB, _work_s, of_step=False)
         self._network = _Series(Cause.SLOW_NETWORK, _wait_s, of_step=True)
 
-    def judge(self, step: int, by_rank: Mapping[int, StepTimes], straggler: bool) -> list[Verdict]:
-        """What became slow for everybody by this step. straggler: whether a rank is slow, or may turn out to be."""
+    def judge(self, step: int, by_rank: Mapping[int, StepTimes], nobody_stands_out: Agrees) -> list[Verdict]:
+        """What became slow for everybody by this step. nobody_stands_out: asked before the network is blamed."""
         verdicts = []
         for series in (self._data, self._work, self._network):
-            others = series is self._network and (straggler or self._work.alarm.ringing or self._data.alarm.ringing)
+            agrees = self._network_alone(nobody_stands_out) if series is self._network else always
             steps = self._steps * (_PATIENCE if series is self._work else 1)
-            bounds = series.add(step, by_rank, self._change, steps, others)
+            bounds = series.add(step, by_rank, self._change, steps, agrees)
             if bounds is not None:
                 verdicts.append(_verdict(series, step, bounds))
         return verdicts
+
+    def _network_alone(self, nobody_stands_out: Agrees) -> Agrees:
+        ringing = self._work.alarm.ringing or self._data.alarm.ringing
+        return lambda since, change: not ringing and nobody_stands_out(since, change)
 
 
 def _verdict(series: _Series, step: int, bounds: Bounds) -> Verdict:

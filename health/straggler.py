@@ -38,6 +38,15 @@ def peer_groups(config: JobConfig) -> dict[int, int]:
     return {rank: rank // per_stage for rank in range(config.world_size)}
 
 
+@dataclass(frozen=True)
+class _Standing:
+    """How far a rank was above its past in a step, and how much further than its peers."""
+
+    step: int
+    above: float
+    excess: float
+
+
 class _Rank:
     """One rank: its past, its last steps, and whether it is slow."""
 
@@ -46,6 +55,7 @@ class _Rank:
         self.past = Past()
         self.undisturbed: deque[StepTimes] = deque(maxlen=PAST)
         self.recent: deque[StepTimes] = deque(maxlen=_WINDOW_STEPS)
+        self.lately: deque[_Standing] = deque(maxlen=_WINDOW_STEPS)
         self.held: Held[tuple[StepTimes, float | None]] = Held()
         self.alarm = Alarm()
         self.accused = False
@@ -66,6 +76,10 @@ class _Rank:
     def _remember(self, times: StepTimes) -> None:
         self.past.add(_log(own_s(times)))
         self.undisturbed.append(times)
+
+    def rose(self, since: int, change: float) -> bool:
+        """Whether the rank is above its own past, too, by half of the change, on average over these steps."""
+        return statistics.fmean(each.above for each in self.lately if each.step >= since) > change / 2
 
     def usual_s(self, part: str) -> float:
         """What a part of a step, or its total, used to take."""
@@ -142,7 +156,6 @@ class Stragglers:
             if self._ranks[rank].past.learnt:
                 above[rank] = _log(own_s(times)) - self._ranks[rank].past.median
         verdicts = []
-        suspected = False
         for group, members in self._groups.items():
             ladder = self._ladder(group)
             excess = _excess(above, [rank for rank in members if rank in above])
@@ -150,15 +163,32 @@ class Stragglers:
             for rank in members:
                 it = self._ranks[rank]
                 judged = rank in excess and self._noise[group].known
-                if judged and it.alarm.add(step, excess[rank], ladder, gate=above[rank]):
+                if rank in excess:
+                    it.lately.append(_Standing(step, above[rank], excess[rank]))
+                if judged and it.alarm.add(step, excess[rank], ladder, it.rose):
                     verdicts.append(self._slow(rank, step, above, ladder[0]))
-                suspects = it.alarm.suspects(ladder)
-                suspected = suspected or suspects
                 if rank in by_rank:
-                    noise[rank] = it.learn(by_rank[rank], excess.get(rank), suspects)
+                    noise[rank] = it.learn(by_rank[rank], excess.get(rank), it.alarm.suspects(ladder))
             self._noise[group].add({rank: noise[rank] for rank in members[:_SAMPLED] if noise.get(rank)}, ladder[0].cap)
-        verdicts += self._common.judge(step, by_rank, suspected)
+        verdicts += self._common.judge(step, by_rank, self._nobody_stands_out)
         return verdicts + self._compare_from_the_first(step) + self._persisting(step, may_replace)
+
+    def _nobody_stands_out(self, since: int, change: float) -> bool:
+        """Whether no rank was above its peers in these steps, by half of the change and more than noise explains.
+
+        Where one rank is slow, others wait, and it may itself wait longer: what it does not do in time, its part in
+        collectives included, comes back to it.
+        """
+        for group, members in self._groups.items():
+            for rank in members:
+                it = self._ranks[rank]
+                values = [each.excess for each in it.lately if each.step >= since]
+                if it.alarm.ringing:
+                    return False
+                chance = 2.5 * self._noise[group].scale / math.sqrt(max(len(values), 1))
+                if values and statistics.fmean(values) > max(change / 2, chance):
+                    return False
+        return True
 
     def _slow(self, rank: int, step: int, above: Mapping[int, float], lowest: Bounds) -> Verdict:
         it = self._ranks[rank]

@@ -20,7 +20,7 @@ SLOW_FROM = 40
 # Small enough for many steps in a short time. What is slow is slow beyond all that a machine with more ranks than
 # processors adds by itself, which can be as much as a step again.
 SMALL = (
-    "--training.steps", "1000", "--training.microbatch_size", "4", "--health.hang_floor_s", "30",
+    "--training.steps", "1000", "--training.microbatch_size", "2", "--health.hang_floor_s", "30",
     "--checkpoint.persist_interval_steps", "16",
 )  # fmt: skip
 SLOW_CAUSES = (Cause.STRAGGLER, Cause.SLOW_DATA, Cause.SLOW_NETWORK, Cause.SLOW_JOB)

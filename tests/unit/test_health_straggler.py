@@ -199,3 +199,12 @@ def test_bounds_ask_for_as_many_steps_as_they_were_told_to_at_least(noise: float
     assert bounds.steps >= steps
     assert bounds.change >= 0.182
     assert ladder_for(0.182, steps, noise + 0.1)[0].change >= bounds.change
+
+
+@pytest.mark.parametrize(("machine", "factor"), [(QUIET, 1.3), (RAW, 4.0)], ids=["quiet", "raw"])
+def test_a_rank_whose_part_in_collectives_is_slow_too_is_no_slow_network(machine: Machine, factor: float) -> None:
+    """Promise: a rank that does all things slower, the exchange too, and waits longer itself, is to blame."""
+    for seed in range(4):
+        slow = Slow(BEGIN, (seed,), "all", factor), Slow(BEGIN, (), "exchange", 2 * factor)
+        verdicts = found(machine, *slow, steps=BEGIN + 40, seed=seed)
+        assert [(each.cause, each.rank) for each in verdicts] == [(Cause.STRAGGLER, seed)], verdicts
