@@ -103,11 +103,24 @@ class Nvml:
         """Whether XIDs can be waited for."""
         return self._events is not None
 
-    def watch_events(self, handles: list[Handle]) -> None:
-        """Ask to be told of XIDs of these GPUs from now on, and of no others; see `watches_events`."""
-        if self._events is not None:
-            self._ask(-1, pynvml.nvmlEventSetFree, self._events)
-            self._events = None
+    def watch_events(self, handles: list[Handle]) -> list[XidEvent]:
+        """Ask to be told of XIDs of these GPUs from now on; lost ones and virtual ones tell nothing (`watches_events`).
+
+        Returns what the watch before this one still had to tell: it ends only when the new one has begun.
+        """
+        before, self._events = self._events, self._new_watch(handles)
+        late = []
+        if before is not None:
+            try:
+                while (event := self._next(before, 0.0)) is not None:
+                    late.append(event)
+            except EventsFailedError:
+                pass  # that is why there is a new one
+            self._ask(-1, pynvml.nvmlEventSetFree, before)
+        return late
+
+    def _new_watch(self, handles: list[Handle]) -> Any:
+        """An event set; None if none of the GPUs can tell events."""
         events, watched = self._ask(-1, pynvml.nvmlEventSetCreate), 0
         for device in handles:
             try:
@@ -116,11 +129,11 @@ class Nvml:
                     self._ask(device.index, pynvml.nvmlDeviceRegisterEvents, device.handle, kinds, events)
                     watched += 1
             except pynvml.NVMLError:
-                continue  # virtual GPUs and lost ones tell nothing
+                continue
         if watched:
-            self._events = events
-        else:
-            self._ask(-1, pynvml.nvmlEventSetFree, events)
+            return events
+        self._ask(-1, pynvml.nvmlEventSetFree, events)
+        return None
 
     def next_event(self, wait_s: float) -> XidEvent | None:
         """The next XID within this time, None if there was none.
@@ -129,10 +142,12 @@ class Nvml:
             EventsFailedError: if events cannot be waited for; a lost GPU does that.
         """
         assert self._events is not None
+        return self._next(self._events, wait_s)
+
+    def _next(self, events: Any, wait_s: float) -> XidEvent | None:
         try:
-            data = self._ask(
-                -1, pynvml.nvmlEventSetWait_v2, self._events, max(0, round(wait_s * 1000)), may_take_s=wait_s
-            )
+            wait_ms = max(0, round(wait_s * 1000))
+            data = self._ask(-1, pynvml.nvmlEventSetWait_v2, events, wait_ms, may_take_s=wait_s)
         except pynvml.NVMLError as error:
             if error.value == pynvml.NVML_ERROR_TIMEOUT:
                 return None

@@ -89,11 +89,10 @@ def _tell_events(nvml: Nvml, handles: list[Handle], until_s: float) -> None:
             say(nvml.read(next(each for each in handles if each.index == event.index)))
     except EventsFailedError:
         # A lost GPU makes every wait fail at once: wait for the others from now on, and tell its loss.
-        samples = [nvml.read(each) for each in handles]
-        lost = {sample.index for sample in samples if sample.lost}
-        nvml.watch_events([each for each in handles if each.index not in lost])
-        for sample in samples:
-            say(sample)
+        for event in nvml.watch_events(handles):
+            say(event)
+        for each in handles:
+            say(nvml.read(each))
 
 
 def _watch(nvml: Nvml, start: ProbeStart, parent: int) -> None:
