@@ -95,7 +95,8 @@ def test_a_signal_before_the_first_step_leaves_nothing(make_job: MakeJob, number
 
 def test_a_bad_update_is_never_applied(make_job: MakeJob) -> None:
     """Promise: when numbers are not finite all ranks skip the update, it is logged, and the weights stay finite."""
-    overrides = ("--training.steps", "6", "--optimizer.lr", "1e30", "--cluster.spares", "0")
+    never_back = ("--numbers.max_skips", "0")
+    overrides = ("--training.steps", "6", "--optimizer.lr", "1e30", "--cluster.spares", "0", *never_back)
     job = make_job("diverged", overrides).start()
     assert job.finish() == 0, job.said()
     assert "nonfinite" in job.causes()

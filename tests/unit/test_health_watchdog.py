@@ -207,5 +207,7 @@ def test_a_supervisor_that_was_itself_stopped_blames_nobody() -> None:
 @given(st.dictionaries(st.sampled_from(["node0", "node1", "node2"]), st.floats(0, 100)))
 def test_exactly_the_silent_nodes_are_lost(heard_s: dict[str, float]) -> None:
     lost = lost_nodes(100.0, heard_s, CONFIG, step=4)
-    assert [each.node for each in lost] == sorted(n for n, t in heard_s.items() if 100.0 - t > 5.0)
+    assert [each.node for each in lost] == sorted(
+        node for node, at_s in heard_s.items() if 100.0 - at_s > CONFIG.heartbeat_timeout_s
+    )
     assert all(each.cause is Cause.NODE_LOST and each.step == 4 and each.evidence for each in lost)
