@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
-
-import psutil
 
 from cluster.events import GenerationPlanned
 from health.verdict import Cause
@@ -25,8 +22,9 @@ RANKS = 4
 RANKS_PER_NODE = 2
 REPLAY_STEPS = 4
 CHECK_STEPS = 2
-_SLOWED_SHARE = 0.4
-_SLICE_S = 0.03
+_QUIET_STEPS = 60
+_SLOW_STEPS = 20
+_SLOWER_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -141,38 +139,35 @@ class Stopped:
 
 
 class Slowed:
-    """A worker that gets a part of its time only: stopped and continued in turn."""
+    """The forward of one rank takes longer for a while: far more than 20% of a step, as noise here is as large."""
 
     name = "a rank is slow"
     aim = Aim(frozenset({Cause.STRAGGLER}), frozenset({"nothing", "replace"}), "3 steps")
     overrides: tuple[str, ...] = ()
 
+    def __init__(self) -> None:
+        self.plants: list[Plant] = []
+
     def prepare(self, job: Job, strikes: int, dice: random.Random) -> None:
         """See Fault."""
+        self.plants = [
+            Plant(rank=dice.randrange(RANKS), step=_QUIET_STEPS * (number + 1) + dice.randrange(8), deed="slow forward",
+                  text=f"{_SLOWER_S} {_SLOW_STEPS}", generation=0)
+            for number in range(strikes)
+        ]  # fmt: skip
+        plant(job, *self.plants)
 
     @contextlib.contextmanager
     def strike(self, job: Job, number: int, dice: random.Random) -> Iterator[Struck]:
         """See Fault."""
-        node, rank = _anybody(job, dice)
-        victim = faults.rank_process(job.run_dir, node, rank)
-        faults.wait_a_part_of_a_step(job, dice)
-        struck = Struck(time.time(), last_step(job) + 1, node, rank)
-        done = threading.Event()
-        thread = threading.Thread(target=_slow_down, args=(victim, done), daemon=True)
-        thread.start()
-        try:
-            yield struck
-        finally:
-            done.set()
-            thread.join()
+        yield _planted(job, self.plants[number])
 
 
-def _slow_down(victim: psutil.Process, done: threading.Event) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        while not done.wait(_SLICE_S * (1 - _SLOWED_SHARE)):
-            victim.send_signal(signal.SIGSTOP)
-            done.wait(_SLICE_S * _SLOWED_SHARE)
-            victim.send_signal(signal.SIGCONT)
+def _planted(job: Job, due: Plant) -> Struck:
+    """Wait for the step that the fault was planted in."""
+    job.wait_for_step(due.step - 1)
+    begun_s = next(row.t_wall_s for row in reversed(job.steps()) if row.step == due.step - 1)
+    return Struck(begun_s, due.step, members(job)[due.rank // RANKS_PER_NODE], due.rank)
 
 
 class GradientFlipped:
@@ -198,10 +193,7 @@ class GradientFlipped:
     @contextlib.contextmanager
     def strike(self, job: Job, number: int, dice: random.Random) -> Iterator[Struck]:
         """See Fault."""
-        due = self.plants[number]
-        job.wait_for_step(due.step - 1)
-        begun_s = next(row.t_wall_s for row in reversed(job.steps()) if row.step == due.step - 1)
-        yield Struck(begun_s, due.step, members(job)[due.rank // RANKS_PER_NODE], due.rank)
+        yield _planted(job, self.plants[number])
 
 
 class MemoryFlipped:
