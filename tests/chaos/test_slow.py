@@ -89,7 +89,7 @@ def test_a_rank_that_gets_a_fraction_of_its_time_is_named(make_job: MakeJob, lay
     """Promise: a process that is slowed from outside (stopped most of the time) is named, under FSDP, TP, PP and EP."""
     job = make_job(f"stop-and-go-{layout}", [*SMALL, *LAYOUTS[layout]]).start()
     job.wait_for_step(60)
-    with faults.slowed_worker(job.run_dir, "node1", 3, 0.8):
+    with faults.slowed_worker(job.run_dir, "node1", 3, 0.9):
         found = first_told(job, 60)
     assert (found.cause, found.node, found.rank) == (Cause.STRAGGLER, "node1", 3), found
 
