@@ -21,7 +21,7 @@ from tests.fake_gpus import FakeGpus
 RANKS = 4
 RANKS_PER_NODE = 2
 REPLAY_STEPS = 4
-CHECK_STEPS = 2
+CHECK_STEPS = 1
 _QUIET_STEPS = 60
 _SLOW_STEPS = 20
 _SLOWER_S = 0.5
@@ -197,7 +197,8 @@ class GradientFlipped:
 
 
 class MemoryFlipped:
-    """One bit of the memory that holds a rank's weights or optimizer state flips. Found at the next check."""
+    """One bit of the memory that holds a rank's weights or optimizer state flips. Found before the next update, as every step is
+    checked: a flip between checks that lie further apart is written over by the update, and not seen."""
 
     aim = Aim(frozenset({Cause.SILENT_CORRUPTION}), frozenset({"replace"}), f"{CHECK_STEPS} steps, the interval")
     overrides: tuple[str, ...] = ("--integrity.interval_steps", str(CHECK_STEPS))
