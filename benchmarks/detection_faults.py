@@ -197,8 +197,10 @@ class GradientFlipped:
 
 
 class MemoryFlipped:
-    """One bit of the memory that holds a rank's weights or optimizer state flips. Found before the next update, as every step is
-    checked: a flip between checks that lie further apart is written over by the update, and not seen."""
+    """One bit of the memory that holds a rank's weights or optimizer state flips. Found before the next update.
+
+    Every step is checked: a flip between checks that lie further apart is worked into the state by an update, unseen.
+    """
 
     aim = Aim(frozenset({Cause.SILENT_CORRUPTION}), frozenset({"replace"}), f"{CHECK_STEPS} steps, the interval")
     overrides: tuple[str, ...] = ("--integrity.interval_steps", str(CHECK_STEPS))
