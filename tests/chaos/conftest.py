@@ -50,6 +50,7 @@ persist_interval_steps = 3
 heartbeat_interval_s = 0.5
 heartbeat_timeout_s = 4.0
 hang_floor_s = 5.0
+preflight = false
 
 [cluster]
 nodes = 2

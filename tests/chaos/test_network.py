@@ -65,7 +65,9 @@ def ask(job: Job) -> tuple[int, NetworkReport]:
 def test_a_node_that_is_cut_off_from_its_peers_is_found(make_job: MakeJob, network: OwnNetwork) -> None:
     """Promise: of a sound network the fleet says so; once nothing reaches one node, that node is named, in the journal
     too, although its heartbeats come as ever."""
-    job = make_job("cut-off", ("--training.steps", "1000", "--checkpoint.peer_copies", "0"))
+    job = make_job(
+        "cut-off", ("--health.preflight", "true", "--training.steps", "1000", "--checkpoint.peer_copies", "0")
+    )
     job.launcher = ("ip", "netns", "exec", network.name)
     job.start()
     job.wait_for_step(2)

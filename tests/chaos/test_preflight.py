@@ -20,7 +20,7 @@ from tests.chaos.storage import Volume
 pytestmark = pytest.mark.chaos
 
 SHIM = Path(__file__).parents[1] / "shims" / "sick_node"
-SHORT = ("--training.steps", "3", "--checkpoint.persist_interval_steps", "3")
+SHORT = ("--health.preflight", "true", "--training.steps", "3", "--checkpoint.persist_interval_steps", "3")
 
 
 def sick(job: Job, how: str) -> Job:
@@ -85,7 +85,9 @@ def test_a_node_without_room_in_memory_does_not_join(make_job: MakeJob) -> None:
 def test_a_spare_that_goes_bad_is_let_go(make_job: MakeJob, tmp_path: Path) -> None:
     """Promise: nodes without ranks repeat the known-answer tests; one that fails is no spare any more."""
     trigger = tmp_path / "now"
-    job = make_job("rusty", ("--training.steps", "200", "--health.selftest_interval_minutes", "0.02"))
+    job = make_job(
+        "rusty", ("--health.preflight", "true", "--training.steps", "200", "--health.selftest_interval_minutes", "0.02")
+    )
     sick(job, f"node2:matmul:{trigger}").start()
     job.wait_for_step(2)
     trigger.touch()
@@ -106,6 +108,7 @@ def test_a_disk_that_fails_under_a_run_is_noticed_and_costs_no_step(make_job: Ma
     job = make_job(
         "worn-disk",
         (
+            "--health.preflight", "true",
             "--training.steps", "1000", "--checkpoint.node_dir", str(tmp_path), "--checkpoint.node_interval_steps", "2",
             "--health.node_probe_interval_s", "0.5", "--health.selftest_interval_minutes", "0.03",
         ),
