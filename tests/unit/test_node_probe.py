@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -89,11 +90,8 @@ def test_a_disk_is_really_written(tmp_path: Path, small_disk: Path) -> None:
     assert well.write_s > 0
     assert well.free_bytes > 0
     (small_disk / "ballast").write_bytes(bytes(98 << 10))
-    with (small_disk / "rest").open("wb", buffering=0) as file:
-        try:
-            while file.write(bytes(1024)):
-                pass
-        except OSError:
+    with (small_disk / "rest").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(1024)):
             pass
     full = read_disk(Place.RAM, small_disk)
     assert (full.error, full.free_bytes) == ("ENOSPC", 0)
