@@ -90,7 +90,7 @@ def verdicts_of(given: VerdictGiven) -> list[Verdict]:
 
 def goes_on(verdict: Verdict) -> bool:
     """Whether training goes on as it should beside what the verdict says, until somebody ends it."""
-    if verdict.cause in _SLOW:
+    if verdict.mended or verdict.cause in _SLOW:
         return True
     if verdict.cause not in (*_IMPAIRED, *_FAULTY, *_NUMBERS):
         return False

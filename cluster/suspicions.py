@@ -63,6 +63,7 @@ def corruption(fact: Fact) -> Verdict:
         fingerprint=Cause.SILENT_CORRUPTION.value,
         evidence=(fact.detail,),
         certainty=Certainty.PROOF if named else Certainty.HINT,
+        mended=fact.mended,
     )
 
 

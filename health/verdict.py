@@ -61,7 +61,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint is equal for the same error wherever it happens (type and first line, numbers stripped): the crash-loop
     breaker compares it. evidence: lines for a person. device: what on the node is meant (`gpu3`, `eth0`), "" for none.
     slowdown: by which part of itself a step takes longer because of this (0.2: 20%), 0 if that is not what it is about;
-    the policy prices it.
+    the policy prices it. mended: what was wrong has been put right already, and training goes on as it should.
     """
 
     node: str
@@ -74,3 +74,4 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     certainty: Certainty = Certainty.LIKELY
     device: str = ""
     slowdown: float = 0.0
+    mended: bool = False

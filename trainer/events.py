@@ -1,21 +1,20 @@
 """What a worker tells the world: its heartbeat slot, step records and facts. No torch here.
 
-A heartbeat is one fixed-size record in a file that worker and agent both map: writing it is a memory store, no
-system call, no lock. A sequence number that is odd during a write lets the reader reject a torn read.
+A heartbeat is one record in shared memory (`trainer.mappedslots`): no system call, no lock.
 """
 
 from __future__ import annotations
 
 import enum
 import errno
-import mmap
 import os
-import struct
 import time
 from collections import deque
 from pathlib import Path
 
 import msgspec
+
+from trainer.mappedslots import MappedSlots
 
 
 class Phase(enum.IntEnum):
@@ -153,7 +152,7 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True):
     """A single observation, in one line of words, with the step and seconds it is about.
 
     oddity: what is wrong, where it is about numbers. batches: how many are to be left out, from the step's own on.
-    blamed: the rank that is proven to be the cause, -1 if none is.
+    blamed: the rank that is proven to be the cause, -1 if none is. mended: nothing of it is left, training goes on.
     """
 
     kind: FactKind
@@ -167,6 +166,7 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True):
     oddity: Oddity | None = None
     batches: int = 0
     blamed: int = -1
+    mended: bool = False
 
 
 class WorkerError(msgspec.Struct, frozen=True, kw_only=True):
@@ -181,7 +181,6 @@ class WorkerError(msgspec.Struct, frozen=True, kw_only=True):
     exit_code: int
 
 
-_SLOT = struct.Struct("<QqqddqQ")
 SLOT_SIZE_BYTES = 64
 
 
@@ -191,46 +190,30 @@ class HeartbeatFile:
     def __init__(self, path: Path, local_ranks: int) -> None:
         self.path = path
         self.local_ranks = local_ranks
-        self._map: mmap.mmap | None = None
+        self._slots = MappedSlots(path, local_ranks, "qqddq", SLOT_SIZE_BYTES)
 
     def open(self) -> HeartbeatFile:
         """Create the file if it is absent, and map it."""
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.ftruncate(fd, self.local_ranks * SLOT_SIZE_BYTES)
-            self._map = mmap.mmap(fd, self.local_ranks * SLOT_SIZE_BYTES)
-        finally:
-            os.close(fd)
+        self._slots.open()
         return self
 
     def close(self) -> None:
         """Unmap."""
-        if self._map is not None:
-            self._map.close()
-            self._map = None
+        self._slots.close()
 
     def write(self, local_rank: int, beat: Beat) -> None:
         """Publish a beat. One writer a slot."""
-        assert self._map is not None
-        offset = local_rank * SLOT_SIZE_BYTES
-        sequence = struct.unpack_from("<Q", self._map, offset)[0] | 1
-        struct.pack_into("<Q", self._map, offset, sequence)
-        _SLOT.pack_into(
-            self._map, offset, sequence, beat.step, int(beat.phase), beat.monotonic_s, beat.last_step_s,
-            beat.generation, sequence + 1,
+        self._slots.write(
+            local_rank, beat.step, int(beat.phase), beat.monotonic_s, beat.last_step_s, beat.generation
         )  # fmt: skip
-        struct.pack_into("<Q", self._map, offset, sequence + 1)
 
     def read(self, local_rank: int) -> Beat | None:
         """The latest whole beat, or None if there is none yet or a write was cut off."""
-        assert self._map is not None
-        offset = local_rank * SLOT_SIZE_BYTES
-        for _ in range(100):
-            before, step, phase, monotonic_s, last_step_s, generation, tail = _SLOT.unpack_from(self._map, offset)
-            after = struct.unpack_from("<Q", self._map, offset)[0]
-            if before == after == tail and before % 2 == 0 and before > 0:
-                return Beat(step, Phase(phase), monotonic_s, last_step_s, generation)
-        return None
+        found = self._slots.read(local_rank)
+        if found is None:
+            return None
+        step, phase, monotonic_s, last_step_s, generation = found
+        return Beat(step, Phase(phase), monotonic_s, last_step_s, generation)
 
 
 class Heart:

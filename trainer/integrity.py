@@ -146,15 +146,16 @@ class Integrity:
         leave(self.context, found.odd, f"replicas differ: {ranks_in_words(found.odd | found.tied)}")
 
     def _gradients_changed(self, bent: Sequence[int]) -> None:
+        """Like what follows, no harm is done: a doubted step is computed again before its update."""
         if bent:
             name = self.engine.optimizer.slots[bent[0]].name
             detail = f"rank {self.context.rank}: the gradient of {name} changed in memory after it was clipped"
-            self.context.note(FactKind.CORRUPTION_FOUND, detail, blamed=self.context.rank)
+            self.context.note(FactKind.CORRUPTION_FOUND, detail, blamed=self.context.rank, mended=True)
 
     def _gradients_differ(self, found: Disagreement) -> None:
         if self.context.rank in found.odd:
             detail = f"rank {self.context.rank} has other gradients than its replicas"
-            self.context.note(FactKind.CORRUPTION_FOUND, detail, blamed=self.context.rank)
+            self.context.note(FactKind.CORRUPTION_FOUND, detail, blamed=self.context.rank, mended=True)
 
     def _distrust(self, steps: range) -> None:
         """Snapshots of these steps may hold what was found to be wrong."""

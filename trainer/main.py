@@ -50,6 +50,7 @@ class RankContext:
     def note(
         self, kind: FactKind, detail: str = "", seconds: float = 0.0, step: int | None = None,
         generation: int | None = None, oddity: Oddity | None = None, batches: int = 0, blamed: int = -1,
+        mended: bool = False,
     ) -> None:  # fmt: skip
         """Tell the agent a fact; it reaches the journal. step, generation: of what it is about, if not of now."""
         fact = Fact(
@@ -64,6 +65,7 @@ class RankContext:
             oddity=oddity,
             batches=batches,
             blamed=blamed,
+            mended=mended,
         )
         append_line(facts_path(self.ram_dir, self.local_rank), fact)
 

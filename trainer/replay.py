@@ -181,7 +181,7 @@ class Replay:
         right = next((name for i, name in enumerate(("first", "second")) if all(row[i] for row in rows)), "")
         if not right and self._guilty(again, third) != guilty:
             return third.work, "each of three computations gave something else: kernels here are not deterministic"
-        self._tell(guilty, "sent other numbers than when it computed the same step again")
+        self._tell(guilty, "sent other numbers than when it computed the same step again", mended=bool(right))
         self._always = self._always or not guilty
         if not right:
             leave(self.context, guilty, f"step {batch.step} came out differently each time on {ranks_in_words(guilty)}")
@@ -235,7 +235,7 @@ class Replay:
                 shares.setdefault(place * degree + share, {})[rank] = digest
         return shares
 
-    def _tell(self, guilty: frozenset[int], did: str, proven: bool = True) -> None:
+    def _tell(self, guilty: frozenset[int], did: str, proven: bool = True, mended: bool = False) -> None:
         """One fact, by the guilty rank itself where it is known; ranks of one node are as good as one."""
         nodes = {rank // self.config.cluster.ranks_per_node for rank in guilty}
         known = proven and (len(guilty) == 1 or len(nodes) == 1)
@@ -243,7 +243,8 @@ class Replay:
         if self.context.rank == speaker:
             which = "" if len(guilty) == 1 else "one of "
             who = which + ranks_in_words(guilty) if guilty else "some rank, it is not known which,"
-            self.context.note(FactKind.CORRUPTION_FOUND, f"{who} {did}", blamed=speaker if known else -1)
+            self.context.note(FactKind.CORRUPTION_FOUND, f"{who} {did}", blamed=speaker if known else -1,
+                              mended=mended)  # fmt: skip
 
     def _pause(self, step: int) -> None:
         """Odd numbers were right: look at fewer of them for a while."""

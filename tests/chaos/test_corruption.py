@@ -51,6 +51,20 @@ def test_a_flipped_gradient_bit_leaves_no_trace_but_a_new_node(make_job: MakeJob
 
 
 @pytest.mark.long
+def test_without_a_spare_a_flip_that_was_put_right_stops_nothing(make_job: MakeJob) -> None:
+    """Promise: the step is computed again, the node is accused, and the job ends as if nothing had been."""
+    alone = (*COMMON, "--cluster.spares", "0")
+    undisturbed = make_job("unflipped", (*alone, "--integrity.interval_steps", "0")).start()
+    assert undisturbed.finish() == 0, undisturbed.said()
+    job = make_job("flipped-alone", (*alone, *REPLAYED))
+    plant(job, Plant(rank=2, step=4, deed="flip gradient", text="30"))
+    assert job.start().finish() == 0, job.said()
+    assert blamed(job) == [("node1", 2)]
+    assert job.actions() == ["nothing"]
+    assert job.weights(STEPS) == undisturbed.weights(STEPS)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["model.layers", "optimizer.exp_avg_sq"])
 def test_a_flipped_bit_in_memory_leaves_no_trace_but_a_new_node(
     what: str, make_job: MakeJob, dice: random.Random

@@ -132,6 +132,16 @@ def test_without_a_spare(cause: Cause, certainty: Certainty, kind: type, code: i
     assert getattr(action, "exit_code", None) == code
 
 
+def test_what_was_put_right_already_stops_no_job() -> None:
+    """Promise: a device that computed a wrong gradient, which was then replaced, goes if there is a spare; without
+    one the job goes on, and the node is remembered."""
+    proven = about(Cause.SILENT_CORRUPTION, PROOF, step=7)
+    mended = msgspec.structs.replace(proven, mended=True)
+    assert isinstance(act(mended, running(), job()), Replace)
+    assert isinstance(act(mended, running(spares=0), job(spares=0)), Nothing)
+    assert isinstance(act(proven, running(spares=0), job(spares=0)), Stop), "wrong weights are not trained on"
+
+
 def evict_some(count: int, cause: Cause, config: JobConfig) -> JobState:
     state = running(spares=count + 1)
     for number in range(count):
