@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,11 +20,10 @@ from benchmarks.detection_faults import (
     Fault,
     GpuLost,
     GradientFlipped,
-    Killed,
     MemoryFlipped,
     NodeDead,
+    Signalled,
     Slowed,
-    Stopped,
     Struck,
 )
 from benchmarks.results import Result, Series, machine, now, series, settings, versions, write_result
@@ -105,7 +105,8 @@ def main() -> None:
 
 def _faults(folder: Path, words: Sequence[str]) -> list[Fault]:
     everything: list[Fault] = [
-        Killed(), NodeDead(), Stopped(), Slowed(), GradientFlipped(),
+        Signalled("a worker is killed", signal.SIGKILL, Cause.WORKER_KILLED, "0.2 s"), NodeDead(),
+        Signalled("a worker hangs", signal.SIGSTOP, Cause.HANG, "max(5 s, 3 steps)"), Slowed(), GradientFlipped(),
         MemoryFlipped("a weight's bit flips", "model.layers"),
         MemoryFlipped("an optimizer state's bit flips", "optimizer."), GpuLost(FakeGpus(folder)),
     ]  # fmt: skip

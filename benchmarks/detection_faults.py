@@ -76,12 +76,15 @@ def _anybody(job: Job, dice: random.Random) -> tuple[str, int]:
     return members(job)[rank // RANKS_PER_NODE], rank
 
 
-class Killed:
-    """SIGKILL of a worker."""
+class Signalled:
+    """A signal to a worker: SIGKILL ends it, after SIGSTOP everybody waits for it."""
 
-    name = "a worker is killed"
-    aim = Aim(frozenset({Cause.WORKER_KILLED}), frozenset({"restart", "replace"}), "0.2 s")
     overrides: tuple[str, ...] = ()
+
+    def __init__(self, name: str, number: signal.Signals, cause: Cause, within: str) -> None:
+        self.name = name
+        self.number = number
+        self.aim = Aim(frozenset({cause}), frozenset({"restart", "replace"}), within)
 
     def prepare(self, job: Job, strikes: int, dice: random.Random) -> None:
         """See Fault."""
@@ -93,7 +96,7 @@ class Killed:
         victim = faults.rank_process(job.run_dir, node, rank)
         faults.wait_a_part_of_a_step(job, dice)
         struck = Struck(time.time(), last_step(job) + 1, node, rank)
-        victim.kill()
+        victim.send_signal(self.number)
         yield struck
 
 
@@ -114,27 +117,6 @@ class NodeDead:
         faults.wait_a_part_of_a_step(job, dice)
         struck = Struck(time.time(), last_step(job) + 1, node, rank)
         faults.freeze_node(job.run_dir, node)
-        yield struck
-
-
-class Stopped:
-    """SIGSTOP of a worker: everybody waits for it."""
-
-    name = "a worker hangs"
-    aim = Aim(frozenset({Cause.HANG}), frozenset({"restart", "replace"}), "max(5 s, 3 steps)")
-    overrides: tuple[str, ...] = ()
-
-    def prepare(self, job: Job, strikes: int, dice: random.Random) -> None:
-        """See Fault."""
-
-    @contextlib.contextmanager
-    def strike(self, job: Job, number: int, dice: random.Random) -> Iterator[Struck]:
-        """See Fault."""
-        node, rank = _anybody(job, dice)
-        victim = faults.rank_process(job.run_dir, node, rank)
-        faults.wait_a_part_of_a_step(job, dice)
-        struck = Struck(time.time(), last_step(job) + 1, node, rank)
-        victim.send_signal(signal.SIGSTOP)
         yield struck
 
 
