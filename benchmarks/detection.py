@@ -29,6 +29,7 @@ from benchmarks.detection_faults import (
 from benchmarks.results import Result, Series, machine, now, series, settings, versions, write_result
 from cluster.events import ActionTaken, VerdictGiven
 from cluster.state import replay
+from health.verdict import Cause
 from tests.chaos.jobs import Job
 from tests.fake_gpus import FakeGpus
 
