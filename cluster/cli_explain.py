@@ -84,7 +84,8 @@ def replay_policy(command: Policy, _overrides: Sequence[str]) -> int:
         for line in _difference(each):
             console.print(escape(line), highlight=False)
     unknown = f", {lines.skipped} lines could not be read" if lines.skipped else ""
-    console.print(f"{len(decided)} decisions, {len(different)} would be different{unknown}", highlight=False)
+    noun = "decision" if len(decided) == 1 else "decisions"
+    console.print(f"{len(decided)} {noun}, {len(different)} would be different{unknown}", highlight=False)
     return ExitCode.DONE
 
 

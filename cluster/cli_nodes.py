@@ -77,7 +77,7 @@ def _show_run(command: Nodes, console: Console) -> int:
 
     run_dir = find_run(command.what, command.dir)
     config = load_job(run_dir.config)
-    file = HistoryFile(Path(command.history) if command.history else history_path(config))
+    file = HistoryFile(Path(command.history) if command.history else history_path(config, run_dir.path.parent))
     known, skipped = _standings(file, config.cluster.burn_in_hours)
     events = read_events(run_dir.events)
     state = replay(events)

@@ -152,6 +152,6 @@ class HistoryFile:
         return True
 
 
-def history_path(config: JobConfig) -> Path:
-    """Where a job's nodes are remembered."""
-    return Path(config.cluster.node_history or Path(config.run.dir) / HISTORY_FILE).absolute()
+def history_path(config: JobConfig, runs: Path) -> Path:
+    """Where a job's nodes are remembered. runs: the folder that its run directory is in, wherever one looks from."""
+    return Path(config.cluster.node_history or runs / HISTORY_FILE).absolute()

@@ -68,7 +68,7 @@ def _run_locked(
         scheduler.close()
         if newest_snapshot(run_dir.path) >= config.training.steps:
             return ExitCode.DONE
-    history = HistoryFile(history_path(config))
+    history = HistoryFile(history_path(config, run_dir.path.parent))
     memory = Remembering(watcher, history, config.run.name)
     memory.open()
     with _listening(run_dir) as socket:
