@@ -41,7 +41,7 @@ def test_a_node_that_failed_is_the_last_spare_of_the_next_run(make_job: MakeJob,
         assert words in told
     assert "back at work" in told
     assert "today it would be" not in told
-    assert everstep(home, "policy", "replay", str(first.run_dir)).endswith("1 decisions, 0 would be different\n")
+    assert everstep(home, "policy", "replay", str(first.run_dir)).endswith("1 decision, 0 would be different\n")
     strict = home / "strict.toml"
     strict.write_text((first.run_dir / "config.toml").read_text().replace("max_restarts = 100", "max_restarts = 0"))
     told = everstep(home, "policy", "replay", str(first.run_dir / "events.jsonl"), "--config", str(strict))
