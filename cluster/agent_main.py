@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.addresses import interface_of, own_address
 from cluster.gpu_devices import split_visible
 from cluster.gpus import GpuWatch, Place
 from cluster.keys import read_keys
@@ -78,8 +79,11 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Before torch elastic starts workers it has no handler of its own: end as it would, through `finally`.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    host = own_address(config.cluster, socket.gethostname())
+    if config.cluster.backend != "local":
+        _bind_collectives(interface_of(host))
     _warm_up(run_dir.semaphore_prefix(name))
-    node = Node(run_dir, config, name, host=socket.gethostbyname("localhost"))
+    node = Node(run_dir, config, name, host)
     node.state.domain = os.environ.get("EVERSTEP_FAILURE_DOMAIN", "")
     node.open()
     link = AgentLink(
@@ -140,6 +144,12 @@ def _warm_up(semaphore_prefix: str) -> None:
 
     name_semaphores(semaphore_prefix)
     warm_forkserver(PRELOAD)
+
+
+def _bind_collectives(interface: str) -> None:
+    """Workers are forked from here: what stands in this environment is what their gloo and NCCL read."""
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, interface)
 
 
 def _watch(node: Node, link: AgentLink, stop: threading.Event) -> None:

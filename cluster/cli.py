@@ -21,6 +21,7 @@ from cluster.cli_checkpoint import Checkpoint, Import, run_checkpoint
 from cluster.cli_doctor import Doctor, doctor
 from cluster.cli_explain import Explain, Policy, explain, replay_policy
 from cluster.cli_nodes import Nodes, nodes
+from cluster.cli_submit import Cancel, Drain, Readmit, Submit, cancel, drain, readmit, submit
 from configs.load import ConfigError
 from trainer.exits import ExitCode
 
@@ -106,12 +107,16 @@ class Data:
 
 Command = (
     Annotated[Run, subcommand("run")]
+    | Annotated[Submit, subcommand("submit")]
+    | Annotated[Cancel, subcommand("cancel")]
     | Annotated[Config, subcommand("config")]
     | Annotated[Status, subcommand("status")]
     | Annotated[Logs, subcommand("logs")]
     | Annotated[Doctor, subcommand("doctor")]
     | Annotated[Explain, subcommand("explain")]
     | Annotated[Nodes, subcommand("nodes")]
+    | Annotated[Drain, subcommand("drain")]
+    | Annotated[Readmit, subcommand("readmit")]
     | Annotated[Policy, subcommand("policy")]
     | Annotated[Checkpoint, subcommand("checkpoint")]
     | Annotated[Data, subcommand("data")]
@@ -135,7 +140,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     )
     command = parsed.command if isinstance(parsed, (Checkpoint, Data)) else parsed
     errors = Console(stderr=True, soft_wrap=True)
-    if overrides and not isinstance(command, (Run, Config, Import)):
+    if overrides and not isinstance(command, (Run, Submit, Config, Import)):
         errors.print(f"[bold red]error:[/] unknown option {escape(overrides[0])}; `everstep --help` lists them")
         return ExitCode.BAD_INPUT
     try:
@@ -246,10 +251,22 @@ def _config(command: Config, overrides: Sequence[str]) -> int:
 
 
 def _status(command: Status, _overrides: Sequence[str]) -> int:
-    from cluster.rundir import find_run, supervisor_alive
+    from cluster.backend import read_submission
+    from cluster.cli_submit import scheduler_view
+    from cluster.rundir import RunDir, find_run_folder, supervisor_alive
 
-    run_dir = find_run(command.run, command.dir)
-    _print_report(run_dir, Console(soft_wrap=True), write=False, ended=not supervisor_alive(run_dir))
+    run_dir = RunDir(find_run_folder(command.run, command.dir))
+    console = Console(soft_wrap=True)
+    submission = read_submission(run_dir.path)
+    if submission is not None:
+        try:
+            seen = scheduler_view(submission)
+            said = f"{seen.state} ({seen.detail})"
+        except (OSError, ValueError) as error:
+            said = f"cannot be asked: {error}"
+        console.print(f"{submission.cluster} {submission.job_id}: {said}", highlight=False, markup=False)
+    if run_dir.config.exists():
+        _print_report(run_dir, console, write=False, ended=not supervisor_alive(run_dir))
     return ExitCode.DONE
 
 
@@ -299,12 +316,16 @@ def _data_show(command: DataShow, _overrides: Sequence[str]) -> int:
 
 _COMMANDS: Mapping[type, Callable[[Any, Sequence[str]], int]] = {
     Run: _run,
+    Submit: submit,
+    Cancel: cancel,
     Config: _config,
     Status: _status,
     Logs: _logs,
     Doctor: doctor,
     Explain: explain,
     Nodes: nodes,
+    Drain: drain,
+    Readmit: readmit,
     Policy: replay_policy,
     DataPrepare: _data_prepare,
     DataShow: _data_show,

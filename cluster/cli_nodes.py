@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
+from cluster.backend import ClusterKind
 from trainer.exits import ExitCode
 
 if TYPE_CHECKING:
     from cluster.events import AnyEvent
-    from cluster.history import HistoryFile, NodeId
+    from cluster.history import Drained, HistoryFile, NodeId, Readmitted
     from cluster.jobstate import JobState
     from cluster.lemons import Standing
     from cluster.rundir import RunDir
@@ -29,15 +30,14 @@ _COLUMNS = ("node", "place", "failures", "evicted", "node-days", "per 1,000 node
 
 @dataclasses.dataclass(frozen=True)
 class Nodes:
-    """Show each node, where it is and why: of a run, or without one of all runs. `drain NODE` and `readmit NODE` say
-    that a node gets no more work, or that it is repaired."""
+    """Show each node, where it is and why: of a run, without one of all runs, with --cluster as its owner sees it."""
 
-    what: Positional[str] = ""
-    """Name of a run, or its folder; or `drain` or `readmit`."""
-    node: Positional[str] = ""
-    """The node to drain or readmit, as the table names it."""
-    reason: str = ""
-    """Why it is drained or readmitted."""
+    run: Positional[str] = ""
+    """Name of a run, or its folder."""
+    cluster: ClusterKind | None = None
+    """Ask the owner of the machines instead."""
+    profile: str = ""
+    """The site's profile, for --cluster."""
     history: str = ""
     """The file of nodes; without it `nodes.jsonl` in --dir, or the one that the run's configuration names."""
     dir: str = "runs"
@@ -45,16 +45,14 @@ class Nodes:
 
 
 def nodes(command: Nodes, _overrides: Sequence[str]) -> int:
-    """Show nodes, or write into their history."""
+    """Show nodes."""
     from cluster.history import HISTORY_FILE, HistoryFile
 
     file = HistoryFile(Path(command.history or Path(command.dir) / HISTORY_FILE))
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else _LINE_CHARS)
-    if command.what in ("drain", "readmit"):
-        return _write(command, file, console)
-    if command.node:
-        raise ValueError(f"unknown word {command.what!r}: use drain or readmit before a node, or only a run's name")
-    if command.what:
+    if command.cluster is not None:
+        return _show_owners(command.cluster, command.profile, console)
+    if command.run:
         return _show_run(command, console)
     known, skipped = _standings(file)
     if not known:
@@ -75,7 +73,7 @@ def _show_run(command: Nodes, console: Console) -> int:
     from cluster.state import replay
     from configs.load import load_job
 
-    run_dir = find_run(command.what, command.dir)
+    run_dir = find_run(command.run, command.dir)
     config = load_job(run_dir.config)
     file = HistoryFile(Path(command.history) if command.history else history_path(config, run_dir.path.parent))
     known, skipped = _standings(file, config.cluster.burn_in_hours)
@@ -116,23 +114,42 @@ def _in_run(name: str, state: JobState, events: Sequence[AnyEvent], run_dir: Run
     return f"spare {turn}", f"stands by{told}"
 
 
-def _write(command: Nodes, file: HistoryFile, console: Console) -> int:
-    """Append a person's word. Raises ValueError for a name that is none, or one that could be several nodes."""
-    from cluster.history import Drained, Readmitted
+def _show_owners(kind: ClusterKind, profile: str, console: Console) -> int:
+    from cluster.backend import open_backend
+    from configs.profile import ClusterProfile, load_profile
 
-    if not command.node or not command.reason.strip():
-        raise ValueError(f"say which node and why: everstep nodes {command.what} NODE --reason TEXT")
-    node = _find(command.node, file)
-    who, now_s = getpass.getuser(), time.time()
-    entry = (
-        Drained(t_wall_s=now_s, node=node, reason=command.reason, who=who)
-        if command.what == "drain"
-        else Readmitted(t_wall_s=now_s, node=node, reason=command.reason, who=who)
-    )
-    if not file.append([entry]):
-        raise OSError(f"{file.path} is held by another process; try again")
-    console.print(f"{node.label}: {command.what} noted in {file.path}", highlight=False)
+    table = Table("node", "state", "reason", box=None)
+    for each in open_backend(kind, load_profile(profile) if profile else ClusterProfile()).nodes():
+        table.add_row(each.name, each.state, each.reason)
+    console.print(table, soft_wrap=False)
     return ExitCode.DONE
+
+
+def note_drained(name: str, reason: str, history: str, runs: str) -> NodeId:
+    """Write into the history that a node gets no more work. Raises ValueError for a name that could be several."""
+    from cluster.history import Drained
+
+    return _note(Drained, "drain", name, reason, history, runs)
+
+
+def note_readmitted(name: str, reason: str, history: str, runs: str) -> NodeId:
+    """Write into the history that a node was repaired. Raises ValueError for a name that could be several nodes."""
+    from cluster.history import Readmitted
+
+    return _note(Readmitted, "readmit", name, reason, history, runs)
+
+
+def _note(kind: type[Drained] | type[Readmitted], word: str, name: str, reason: str, history: str, runs: str) -> NodeId:
+    from cluster.history import HISTORY_FILE, HistoryFile
+
+    if not reason.strip():
+        raise ValueError(f"say why: everstep {word} {name} --reason TEXT")
+    file = HistoryFile(Path(history or Path(runs) / HISTORY_FILE))
+    node = _find(name, file)
+    if not file.append([kind(t_wall_s=time.time(), node=node, reason=reason, who=getpass.getuser())]):
+        raise OSError(f"{file.path} is held by another process; try again")
+    sys.stdout.write(f"{node.label}: {word} noted in {file.path}\n")
+    return node
 
 
 def _find(name: str, file: HistoryFile) -> NodeId:

@@ -156,7 +156,7 @@ def _place(past: Past, burn_in_hours: float) -> tuple[Place, str]:
     evictions = [each for each in past.evictions if each.t_wall_s > max(readmitted_s, passed_s)]
     proofs = [each for each in evictions if each.certainty is Certainty.PROOF and not each.gone]
     if proofs:
-        return Place.OUT, f"{_eviction(proofs[-1])}; `everstep nodes readmit` takes it back once it is repaired"
+        return Place.OUT, f"{_eviction(proofs[-1])}; `everstep readmit` takes it back once it is repaired"
     if evictions:
         return _burning_in(past, evictions[-1].t_wall_s, burn_in_hours, _eviction(evictions[-1]))
     if past.readmitted and readmitted_s > passed_s:

@@ -32,6 +32,10 @@ class LocalScheduler:
         self.ram_root = run_dir.ram_root(ram_dir)
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
+    def node_names(self, count: int) -> list[str]:
+        """See `Scheduler`: this machine has as many as are wanted."""
+        return [f"node{index}" for index in range(count)]
+
     def start(self, node: str) -> str:
         """Start `cluster.agent_main` detached, its output in `logs/<node>/agent.log`."""
         logs = self.run_dir.logs(safe_name(node, "node"))
@@ -67,10 +71,8 @@ class LocalScheduler:
         shutil.rmtree(self.ram_root / safe_name(node, "node"), ignore_errors=True)
         _remove_semaphores(self.run_dir.semaphore_prefix(node))
 
-    def reap(self) -> None:
-        """Collect children that ended, so that they do not stay as zombies."""
-        for child in self._children.values():
-            child.poll()
+    def report_bad(self, node: str, reason: str) -> None:
+        """Nobody else owns this machine; the runs' own history of nodes has it."""
 
     def close(self) -> None:
         """Free the run's folder in shared memory."""

@@ -6,21 +6,22 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cluster import events
+from cluster.addresses import own_address
 from cluster.history import HistoryFile, history_path
 from cluster.jobstate import RESTARTING_ACTIONS, JobState
 from cluster.journal import Journal, read_events
 from cluster.keys import make_or_read_keys, make_transfer_key
 from cluster.lemons import Standing, standings
-from cluster.local import LocalScheduler
 from cluster.messages import Plan
 from cluster.remembering import Remembering, remembered
 from cluster.rundir import Endpoint, RunDir, write_atomically
-from cluster.scheduler import Scheduler
+from cluster.scheduler import Scheduler, open_scheduler
 from cluster.state import replay
 from cluster.supervisor import Supervisor
 from cluster.watchers import Watcher
@@ -55,7 +56,7 @@ def _run_locked(
     config: JobConfig, run_dir: RunDir, watcher: Watcher, newest_snapshot: Callable[[Path], int]
 ) -> ExitCode:
     state = replay(read_events(run_dir.events))
-    scheduler = LocalScheduler(run_dir, config.checkpoint.ram_dir)
+    scheduler = open_scheduler(config, run_dir, os.environ)
     handles = {name: node.handle for name, node in state.nodes.items() if node.handle}
     fit = {name: handle for name, handle in handles.items() if name not in state.evicted}
     taking_over = state.exit_code is None and any(scheduler.alive(handle) for handle in fit.values())
@@ -71,9 +72,10 @@ def _run_locked(
     history = HistoryFile(history_path(config, run_dir.path.parent))
     memory = Remembering(watcher, history, config.run.name)
     memory.open()
-    with _listening(run_dir) as socket:
+    host = own_address(config.cluster, socket.gethostname())
+    with _listening(run_dir, host) as ears:
         supervisor = Supervisor(
-            config, run_dir, scheduler, socket, Journal(run_dir.events), state, fit if taking_over else {}, memory
+            config, run_dir, scheduler, ears, Journal(run_dir.events), state, fit if taking_over else {}, memory
         )
         with _signals(supervisor):
             if taking_over:
@@ -134,13 +136,13 @@ def _accept_config(config: JobConfig, run_dir: RunDir, taking_over: bool) -> Non
 def _start_agents(supervisor: Supervisor, config: JobConfig, scheduler: Scheduler, known: Sequence[Standing]) -> None:
     """Start as many nodes as are wanted, without those that this run evicted or that earlier runs say to leave out."""
     wanted = config.cluster.nodes + config.cluster.spares
-    all_names = [f"node{i}" for i in range(wanted + len(supervisor.state.evicted) + len(known))]
+    all_names = scheduler.node_names(wanted + len(supervisor.state.evicted) + len(known))
     past = remembered(all_names, known)
     _give_back(supervisor, past)
     evicted = supervisor.state.evicted
     out = {name for name, standing in past.items() if standing.place is events.Place.OUT}
     names = [name for name in all_names if name not in evicted and name not in out][:wanted]
-    for name in all_names[: all_names.index(names[-1]) + 1]:
+    for name in all_names[: all_names.index(names[-1]) + 1 if len(names) == wanted else None]:
         standing = past.get(name)
         if standing is not None and name not in evicted and (standing.failures or name in out):
             _remind(supervisor, name, standing)
@@ -200,15 +202,15 @@ def _adopt(supervisor: Supervisor, state: JobState, run_dir: RunDir) -> None:
 
 
 @contextlib.contextmanager
-def _listening(run_dir: RunDir) -> Iterator[SupervisorSocket]:
-    socket = SupervisorSocket(make_or_read_keys(run_dir.keys))
+def _listening(run_dir: RunDir, host: str) -> Iterator[SupervisorSocket]:
+    ears = SupervisorSocket(make_or_read_keys(run_dir.keys), host)
     make_transfer_key(transfer_key_path(run_dir.path))
-    port = socket.bind()
-    run_dir.write_endpoint(Endpoint(host=socket.host, port=port, pid=os.getpid()))
+    port = ears.bind()
+    run_dir.write_endpoint(Endpoint(host=ears.host, port=port, pid=os.getpid()))
     try:
-        yield socket
+        yield ears
     finally:
-        socket.close()
+        ears.close()
         run_dir.endpoint.unlink(missing_ok=True)
 
 

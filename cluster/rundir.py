@@ -155,6 +155,14 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
     tmp.replace(path)
 
 
+def find_run_folder(name_or_path: str, runs: str) -> Path:
+    """The same as `find_run`, also for a run that was submitted and has not begun. Raises ValueError."""
+    for path in (Path(runs) / name_or_path, Path(name_or_path)):
+        if (path / "submission.json").exists():
+            return path.absolute()
+    return find_run(name_or_path, runs).path
+
+
 def find_run(name_or_path: str, runs: str) -> RunDir:
     """The run of that name below `runs`, or the run directory at that path.
 

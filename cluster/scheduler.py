@@ -1,12 +1,19 @@
-"""What Everstep needs of whoever owns the machines."""
+"""What Everstep needs of whoever owns the machines, while a job runs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+from cluster.rundir import RunDir
+from configs.schema import JobConfig
 
 
 class Scheduler(Protocol):
     """Starts agents and ends nodes. Handles are strings, since they outlive this process in the journal."""
+
+    def node_names(self, count: int) -> Sequence[str]:
+        """Nodes that agents may be started on, best first; on a machine that has any number of them, `count`."""
 
     def start(self, node: str) -> str:
         """Start the agent of a node; returns a handle for the calls below."""
@@ -17,5 +24,32 @@ class Scheduler(Protocol):
     def kill(self, node: str, handle: str) -> None:
         """End the agent and all its workers now, and give back what they held."""
 
+    def report_bad(self, node: str, reason: str) -> None:
+        """Tell whoever owns the node that it is bad, in words for its administrator. Never raises, never waits."""
+
     def last_words(self, node: str) -> tuple[str, ...]:
         """Last lines that the agent printed: evidence for an agent that never spoke."""
+
+    def close(self) -> None:
+        """Give back what the run held, when all its agents are gone."""
+
+
+def open_scheduler(config: JobConfig, run_dir: RunDir, environ: Mapping[str, str]) -> Scheduler:
+    """The scheduler of `cluster.backend`; what only it needs is imported now.
+
+    Raises:
+        ValueError: if this process does not run inside such a job.
+    """
+    match config.cluster.backend:
+        case "slurm":
+            from cluster.slurm_scheduler import SlurmScheduler
+
+            return SlurmScheduler.inside(config, run_dir, environ)
+        case "kubernetes":
+            from cluster.kube_scheduler import KubeScheduler
+
+            return KubeScheduler.inside(config, run_dir, environ)
+        case "local":
+            from cluster.local import LocalScheduler
+
+            return LocalScheduler(run_dir, config.checkpoint.ram_dir)

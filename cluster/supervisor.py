@@ -365,9 +365,11 @@ class Supervisor:
                 self.next_generation(self.generations.members, reason)
             case Replace(node=node, spare=spare, reason=reason):
                 self._evict(node, reason)
+                self._report(root)
                 self.next_generation(tuple(spare if m == node else m for m in self.generations.members), reason)
             case Evict(node=node, reason=reason):
                 self._evict(node, reason)
+                self._report(root)
                 if node in self.generations.members:
                     # Lost before it was given ranks: whoever else came up takes its place.
                     self._choose_first_members()
@@ -382,6 +384,12 @@ class Supervisor:
         if node in self.handles:
             self.scheduler.kill(node, self.handles[node])
         self.views.pop(node, None)
+
+    def _report(self, root: Verdict) -> None:
+        """Tell the owner of the machines of a bad one. A node that is wanted elsewhere is not bad."""
+        if root.cause is not Cause.PREEMPTED and self.config.cluster.bad_node != "none":
+            said = f"everstep: {root.cause.value}: {root.evidence[0] if root.evidence else 'see its incident'}"
+            self.scheduler.report_bad(root.node, said)
 
     # Generations --------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -12,12 +12,18 @@ from configs.errors import Problem, alternatives, did_you_mean
 from configs.schema import JobConfig
 
 _LARGEST = 2**63 - 1
+_S = TypeVar("_S", bound=msgspec.Struct)
 
 
 def decode(table: Mapping[str, object]) -> JobConfig | list[Problem]:
     """The configuration, or every unknown, missing or ill-typed key of the table (sources are left empty)."""
-    problems = _struct_problems(table, JobConfig, "")
-    return problems or msgspec.convert(table, JobConfig)
+    return decode_as(table, JobConfig)
+
+
+def decode_as(table: Mapping[str, object], struct: type[_S]) -> _S | list[Problem]:
+    """The same for any other struct of plain sections."""
+    problems = _struct_problems(table, struct, "")
+    return problems or msgspec.convert(table, struct)
 
 
 def field_type(key: str) -> Any:
@@ -84,10 +90,14 @@ def _scalar(value: object) -> object:
 
 
 def _unknown_in(struct: type[msgspec.Struct], key: str, name: str) -> str:
-    if "[" in key:
+    if "[" in key or not _of_a_job(struct):
         names = [field.name for field in msgspec.structs.fields(struct)]
         return f"there is no such key{alternatives(name, names, 'there are')}"
     return unknown_key(key)
+
+
+def _of_a_job(struct: type[msgspec.Struct]) -> bool:
+    return struct is JobConfig or struct in {field.type for field in msgspec.structs.fields(JobConfig)}
 
 
 def _missing(key: str, declared: Any) -> list[Problem]:
@@ -147,6 +157,8 @@ def expected(declared: Any) -> str:
         if get_origin(item) is Literal:
             return "a list of some of " + ", ".join(get_args(item))
         return f"a list of tables with {', '.join(field.name for field in msgspec.structs.fields(item))}"
+    if get_origin(declared) is dict:
+        return "a table of texts in quotes"
     if _is_struct(declared):
         return f"a table with {', '.join(field.name for field in msgspec.structs.fields(declared))}"
     return {str: 'text in quotes ("...")', int: "a whole number", float: "a number", bool: "true or false"}[declared]

@@ -283,6 +283,10 @@ class NumbersConfig(Section, frozen=True, kw_only=True):
 class ClusterConfig(Section, frozen=True, kw_only=True):
     """`[cluster]`: the machines. nodes * ranks_per_node is the number of ranks; spares are extra, warm nodes.
 
+    backend: who owns them. On `slurm` and `kubernetes` this process must run inside the job: `everstep submit` sees to
+    that. interface: the network interface for control and collectives ("": the one that the host's name leads to).
+    bad_node: what the owner of the machines is told to do with a node that is evicted because it is bad.
+
     supervisor_lost_timeout_s: how long agents with nothing left to do wait for a supervisor to come back.
     leave_timeout_s: how long a job that is asked to leave may take to finish its step and save.
 
@@ -291,7 +295,9 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     repaired is only a spare until it has served burn_in_hours.
     """
 
-    backend: Literal["local"] = "local"
+    backend: Literal["local", "slurm", "kubernetes"] = "local"
+    interface: str = ""
+    bad_node: Literal["drain", "down", "taint", "cordon", "none"] = "drain"
     nodes: Positive = 1
     ranks_per_node: Positive = 1
     spares: NonNegative = 0

@@ -56,7 +56,7 @@ def test_a_node_that_failed_is_the_last_spare_of_the_next_run(make_job: MakeJob,
     told = everstep(home, "nodes", "remembers")
     assert [line.split()[:2] for line in told.splitlines() if " node0 " in line] == [["node0", "evicted"]]
 
-    everstep(home, "nodes", "drain", f"{socket.gethostname()}/node1", "--reason", "loud fan", "--history", str(history))
+    everstep(home, "drain", f"{socket.gethostname()}/node1", "--reason", "loud fan", "--history", str(history))
     second = make_job("knows", (*few, *layout, "--training.steps", "2")).start()
     assert second.finish() == 0, second.said()
     plans = [event for event in second.events() if isinstance(event, GenerationPlanned)]

@@ -27,6 +27,7 @@ class Machines:
 
     def __init__(self, gone: set[str]) -> None:
         self.gone = gone
+        self.blamed: list[str] = []
 
     def start(self, node: str) -> str:
         raise AssertionError("a take-over starts nobody")
@@ -37,8 +38,17 @@ class Machines:
     def kill(self, node: str, handle: str) -> None:
         self.gone.add(handle)
 
+    def report_bad(self, node: str, reason: str) -> None:
+        self.blamed.append(reason)
+
+    def node_names(self, count: int) -> tuple[str, ...]:
+        return ()
+
     def last_words(self, node: str) -> tuple[str, ...]:
         return ()
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class Played:
