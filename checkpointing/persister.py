@@ -44,11 +44,15 @@ class Persister:
             self._loops[-1].wait_for_round(min(left_s, self.poll_interval_s))
         return True
 
+    def end(self) -> None:
+        """No round after those under way; waits for nothing."""
+        for loop in self._loops:
+            loop.end()
+
     def stop(self, timeout_s: float = 10.0) -> bool:
         """End the threads after the shard they are at; False if a stuck file system holds one longer than that."""
         deadline = time.monotonic() + timeout_s
-        for loop in self._loops:
-            loop.end()
+        self.end()
         ended = [loop.join(deadline - time.monotonic()) for loop in self._loops]
         return all(ended)
 

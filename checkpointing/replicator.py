@@ -104,9 +104,13 @@ class Replicator:
         """Begin."""
         self._thread.start()
 
+    def end(self) -> None:
+        """Send nothing more: what is under way is cut off, and waited for by nobody."""
+        self._stop.set()
+
     def stop(self) -> None:
         """End; what is being sent is cut off."""
-        self._stop.set()
+        self.end()
         if self._thread.ident is not None:
             self._thread.join()
 

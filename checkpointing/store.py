@@ -18,6 +18,7 @@ import msgspec
 
 from checkpointing import disk
 from checkpointing.copies import Located
+from checkpointing.fence import fenced_below
 from checkpointing.layout import (
     LATEST_NAME,
     MANIFEST_NAME,
@@ -70,6 +71,16 @@ class NodeStore:
         self.node_disk = NodeDisk(node_dir) if node_dir else None
         self.readback = Readback(run_dir, Keep(keep_last, keep_every_steps, keep_best), self._write_again)
         self._awaited: list[_Awaited] = []
+        self._generation = 0
+        self._fenced = False
+
+    def follow(self, generation: int) -> None:
+        """The node has heard of this generation: below it, others may have planned what it does not know of."""
+        self._generation = max(self._generation, generation)
+
+    def fence(self) -> None:
+        """Nothing is persisted, committed or tidied any more: this node does not belong to the job now."""
+        self._fenced = True
 
     def inventory(self) -> list[HeldShard]:
         """Every whole shard in memory and on the node's disk whose every byte verifies, read now.
@@ -101,7 +112,7 @@ class NodeStore:
     def persist_pending(self) -> list[StoreEvent]:
         """Persist every slot that waits for it, several at a time. Never raises OSError: it is an event."""
         waiting = slots_to_persist(self.ram_dir)
-        if not waiting:
+        if not waiting or self._fenced:
             return []
         with ThreadPoolExecutor(min(len(waiting), _PERSIST_THREADS), thread_name_prefix="persist") as pool:
             return [event for events in pool.map(self._persist_path, waiting) for event in events]
@@ -134,7 +145,7 @@ class NodeStore:
 
         The disk belongs to slots that wait for it first, but not for ever.
         """
-        if slots_to_persist(self.ram_dir) and not self.readback.overdue():
+        if self._fenced or (slots_to_persist(self.ram_dir) and not self.readback.overdue()):
             return []
         return self.readback.verify_pending()
 
@@ -146,7 +157,7 @@ class NodeStore:
     def _persist_path(self, path: Path) -> list[StoreEvent]:
         with contextlib.suppress(FileNotFoundError), opened(path) as fd:
             state, control = read_control(fd)
-            if state is SlotState.TO_PERSIST:
+            if state is SlotState.TO_PERSIST and not self._fenced:
                 return self._persist_slot(fd, control)
         return []
 
@@ -226,7 +237,7 @@ class NodeStore:
         )
 
     def _commit(self, awaited: _Awaited, shards: list[ShardMeta]) -> Manifest | None:
-        """Write the manifest; None if another one has come meanwhile that has to stay for now.
+        """Write the manifest; None if another one has come meanwhile that has to stay for now, or the fence forbids it.
 
         This agent may be an orphan that was held up since it looked: it must not put its manifest over its successor's.
         """
@@ -241,11 +252,21 @@ class NodeStore:
             shards=tuple(meta.shard for meta in shards),
         )
         path, data = disk.step_dir(self.run_dir, first.step) / MANIFEST_NAME, encode_document(manifest)
+        if self._kept_out():
+            return None
         if not disk.create_atomic(path, data):
             if not self._may_replace(awaited):
                 return None
             disk.write_atomic(path, data)
+        elif self._kept_out():
+            # Held up between the look and the link; what is refused should not be there.
+            path.unlink(missing_ok=True)
+            return None
         return manifest
+
+    def _kept_out(self) -> bool:
+        """Whether a generation was planned that this node has not heard of: it may be cut off, or about to hear."""
+        return self._fenced or fenced_below(self.run_dir) > self._generation
 
     def _after_commit(self, awaited: _Awaited, manifest: Manifest) -> list[StoreEvent]:
         started = time.monotonic()

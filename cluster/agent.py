@@ -64,6 +64,7 @@ class AgentState:
         self._seq = 0
         self._order = Order(ack_seq=0, wish=Wish.RUN, target_generation=0, plan=None)
         self._saving = False
+        self._dismissed = False
 
     # What the link does -------------------------------------------------------------------------------------------
 
@@ -100,6 +101,8 @@ class AgentState:
         """Remember what the supervisor wants; facts that it acknowledged are dropped."""
         received_wall_s = time.time()
         with self._changed:
+            if self._dismissed:
+                return
             self.clock.see(order.heard_wall_s, order.sent_wall_s, received_wall_s)
             had = self._sent_up_to.get(order.ack_seq, 0)
             self._sent_up_to = {seq: upto for seq, upto in self._sent_up_to.items() if seq > order.ack_seq}
@@ -119,6 +122,8 @@ class AgentState:
         """See `cluster.elastic.Planner`. What the node holds is looked through anew for every generation wanted."""
         while True:
             with self._changed:
+                if self._leaving():
+                    return None
                 wanted = self._order.target_generation
             held = tuple(self.take_inventory())
             with self._changed:
@@ -153,7 +158,7 @@ class AgentState:
             return self._order.target_generation > self.generation or self._leaving()
 
     def _leaving(self) -> bool:
-        return self._order.wish is Wish.SHUT_DOWN
+        return self._dismissed or self._order.wish is Wish.SHUT_DOWN
 
     def _new_plan(self) -> Plan | None:
         plan = self._order.plan
@@ -212,12 +217,9 @@ class AgentState:
         self.wake()
 
     def leave(self) -> None:
-        """Behave as if the supervisor had said: shut down."""
+        """Behave as if the supervisor had said: shut down. Whatever it says from now on is not heard."""
         with self._changed:
-            order = self._order
-            self._order = Order(
-                ack_seq=order.ack_seq, wish=Wish.SHUT_DOWN, target_generation=order.target_generation, plan=None
-            )
+            self._dismissed = True
             self._changed.notify_all()
 
     def await_orders_after_finish(self) -> bool:

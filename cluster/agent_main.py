@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cluster.addresses import interface_of, own_address
 from cluster.gpu_devices import split_visible
 from cluster.gpus import GpuWatch, Place
 from cluster.keys import read_keys
+from cluster.lease import LeaseWatch
 from cluster.node import Node
 from cluster.preflight import Examiner
 from cluster.rundir import RunDir, safe_name
@@ -27,6 +29,7 @@ from configs.load import load_job
 from trainer.exits import ExitCode
 
 _MONITOR_INTERVAL_S = 0.02
+_CUT_OFF_GRACE_S = 5.0
 
 logger = logging.getLogger("everstep.agent")
 
@@ -98,11 +101,11 @@ def main() -> int:
     node.state.wake = link.wake
     gpus = _gpu_watch(node)
     examiner = Examiner(node)
-    stop = threading.Event()
+    stop, cut_off = threading.Event(), threading.Event()
     try:
         link.start()
         gpus.start()
-        threading.Thread(target=_watch, args=(node, link, stop), name="watch", daemon=True).start()
+        threading.Thread(target=_watch, args=(node, link, stop, cut_off), name="watch", daemon=True).start()
         if not examiner.fit():
             node.state.await_dismissal()
             return ExitCode.BAD_NODE
@@ -114,7 +117,7 @@ def main() -> int:
         gpus.stop()
         examiner.stop()
         node.close()
-    return 0
+    return ExitCode.REQUEUE if cut_off.is_set() else ExitCode.DONE
 
 
 def _gpu_watch(node: Node) -> GpuWatch:
@@ -152,14 +155,32 @@ def _bind_collectives(interface: str) -> None:
         os.environ.setdefault(variable, interface)
 
 
-def _watch(node: Node, link: AgentLink, stop: threading.Event) -> None:
-    """Forward facts, and leave when there is nothing to do and nobody to say what next."""
+def _watch(node: Node, link: AgentLink, stop: threading.Event, cut_off: threading.Event) -> None:
+    """Forward facts; leave when there is nothing to do and nobody to say what next, or when this node is cut off."""
+    cluster, health = node.config.cluster, node.config.health
+    lease = LeaseWatch(node.run_dir.lease, cluster.lease_timeout_s, health.heartbeat_timeout_s)
     while not stop.wait(_MONITOR_INTERVAL_S * 5):
         node.forward_facts()
-        if node.state.idle and link.silent_s > node.config.cluster.supervisor_lost_timeout_s:
+        if lease.cut_off(link.silent_s, time.monotonic()):
+            cut_off.set()
+            _leave_cut_off(node)
+            return
+        if node.state.idle and link.silent_s > cluster.supervisor_lost_timeout_s:
             logger.warning("no supervisor for %.0f s and nothing left to do: leaving", link.silent_s)
             node.state.leave()
             return
+
+
+def _leave_cut_off(node: Node) -> None:
+    """Others are getting this node's ranks: write nothing more, kill the workers, and end, whatever hangs."""
+    node.tiers.fence()
+    node.state.leave()
+    # Workers die with this process: what keeps it (a file system that hangs, say) must not keep them.
+    killer = threading.Timer(_CUT_OFF_GRACE_S, os._exit, (ExitCode.REQUEUE,))
+    killer.daemon = True
+    killer.start()
+    # Last, since a log on a file system that hangs takes for ever.
+    logger.warning("cut off: the supervisor lives and does not reach this node; it stops, others take its ranks")
 
 
 if __name__ == "__main__":

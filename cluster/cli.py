@@ -162,6 +162,7 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 
 def _run(command: Run, overrides: Sequence[str]) -> int:
+    from checkpointing.fence import raise_fence
     from cluster.console import SteadyConsole
     from cluster.run import run_job
     from cluster.rundir import RunDir
@@ -174,7 +175,7 @@ def _run(command: Run, overrides: Sequence[str]) -> int:
     console = SteadyConsole(soft_wrap=True)
     with _watching(config, run_dir, console) as (shown, watcher):
         try:
-            code = run_job(config, watcher, _newest_verified_snapshot)
+            code = run_job(config, watcher, _newest_verified_snapshot, raise_fence)
         except (ValueError, OSError):
             raise
         except Exception as error:

@@ -9,14 +9,17 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from cluster import events
 from cluster.addresses import own_address
+from cluster.fencing import FenceWatcher
 from cluster.history import HistoryFile, history_path
 from cluster.jobstate import RESTARTING_ACTIONS, JobState
 from cluster.journal import Journal, read_events
 from cluster.keys import make_or_read_keys, make_transfer_key
+from cluster.lease import LeaseKeeper
 from cluster.lemons import Standing, standings
 from cluster.messages import Plan
 from cluster.remembering import Remembering, remembered
@@ -24,7 +27,7 @@ from cluster.rundir import Endpoint, RunDir, write_atomically
 from cluster.scheduler import Scheduler, open_scheduler
 from cluster.state import replay
 from cluster.supervisor import Supervisor
-from cluster.watchers import Watcher
+from cluster.watchers import Watcher, Watchers
 from cluster.wire import SupervisorSocket
 from configs.load import ConfigError, Problem, describe_changes, load_job, resolve_toml
 from configs.schema import JobConfig
@@ -34,10 +37,17 @@ from trainer.paths import transfer_key_path
 logger = logging.getLogger("everstep.run")
 
 
-def run_job(config: JobConfig, watcher: Watcher, newest_snapshot: Callable[[Path], int]) -> ExitCode:
+def run_job(
+    config: JobConfig,
+    watcher: Watcher,
+    newest_snapshot: Callable[[Path], int],
+    raise_fence: Callable[[Path, int], None],
+    open_scheduler: Callable[[JobConfig, RunDir, Mapping[str, str]], Scheduler] = open_scheduler,
+) -> ExitCode:
     """Run the job in this process until it is done or must stop.
 
-    newest_snapshot: step of the newest snapshot below a run directory that verifies, -1 if there is none.
+    newest_snapshot: step of the newest snapshot below a run directory that verifies, -1 if there is none. raise_fence:
+    nobody who knows only generations before this one may commit a snapshot below a run directory any more.
 
     Raises:
         ConfigError: if the run exists and the configuration would make it another run.
@@ -47,16 +57,20 @@ def run_job(config: JobConfig, watcher: Watcher, newest_snapshot: Callable[[Path
     run_dir.create()
     lock = run_dir.lock()
     try:
-        return _run_locked(config, run_dir, watcher, newest_snapshot)
+        watchers = Watchers(FenceWatcher(partial(raise_fence, run_dir.path)), watcher)
+        return _run_locked(config, run_dir, watchers, newest_snapshot, open_scheduler(config, run_dir, os.environ))
     finally:
         os.close(lock)
 
 
 def _run_locked(
-    config: JobConfig, run_dir: RunDir, watcher: Watcher, newest_snapshot: Callable[[Path], int]
+    config: JobConfig,
+    run_dir: RunDir,
+    watcher: Watcher,
+    newest_snapshot: Callable[[Path], int],
+    scheduler: Scheduler,
 ) -> ExitCode:
     state = replay(read_events(run_dir.events))
-    scheduler = open_scheduler(config, run_dir, os.environ)
     handles = {name: node.handle for name, node in state.nodes.items() if node.handle}
     fit = {name: handle for name, handle in handles.items() if name not in state.evicted}
     taking_over = state.exit_code is None and any(scheduler.alive(handle) for handle in fit.values())
@@ -73,9 +87,10 @@ def _run_locked(
     memory = Remembering(watcher, history, config.run.name)
     memory.open()
     host = own_address(config.cluster, socket.gethostname())
-    with _listening(run_dir, host) as ears:
+    with _listening(run_dir, host) as ears, _leased(run_dir, host) as keeper:
+        told = Watchers(memory, keeper)
         supervisor = Supervisor(
-            config, run_dir, scheduler, ears, Journal(run_dir.events), state, fit if taking_over else {}, memory
+            config, run_dir, scheduler, ears, Journal(run_dir.events), state, fit if taking_over else {}, told
         )
         with _signals(supervisor):
             if taking_over:
@@ -212,6 +227,16 @@ def _listening(run_dir: RunDir, host: str) -> Iterator[SupervisorSocket]:
     finally:
         ears.close()
         run_dir.endpoint.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _leased(run_dir: RunDir, host: str) -> Iterator[LeaseKeeper]:
+    keeper = LeaseKeeper(run_dir.lease, host)
+    keeper.start()
+    try:
+        yield keeper
+    finally:
+        keeper.stop()
 
 
 @contextlib.contextmanager

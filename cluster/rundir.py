@@ -67,6 +67,11 @@ class RunDir:
         return self.path / "supervisor.json"
 
     @property
+    def lease(self) -> Path:
+        """Renewed by the supervisor, see `cluster.lease`."""
+        return self.path / "lease.json"
+
+    @property
     def keys(self) -> Path:
         return self.path / "secrets" / "job.json"
 

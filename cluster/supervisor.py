@@ -125,6 +125,8 @@ class Supervisor:
     def take(self, report: AgentReport) -> None:
         """Fold one agent's report into what is known, and answer it."""
         if report.node not in self.handles:
+            if report.node in self.state.evicted:  # by the supervisor before this one
+                self.send_order(report.node)
             return
         known = self.views.get(report.node)
         if report.node not in self.state.evicted:

@@ -87,6 +87,14 @@ class NodeTiers:
         self.copies.close()
         self.store.close()
 
+    def fence(self) -> None:
+        """This node was given up: nothing of it is written, committed or sent any more. Waits for nothing."""
+        self.store.fence()
+        self.persister.end()
+        self.replicator.end()
+        if self.uploads is not None:
+            self.uploads.stop(timeout_s=0.0)
+
     def inventory(self) -> Sequence[HeldInfo]:
         """The shards on this node, verified; called only while no worker runs."""
         held = [*self.store.inventory(), *self.copies.held()]
@@ -118,6 +126,7 @@ class NodeTiers:
         self.copies.keep_for(order.keep_for)
         if order.plan is not None:
             plan = order.plan
+            self.store.follow(plan.generation)
             base = (plan.ram_generation, plan.ram_step)
             self.replicator.go_on_from(base, plan.generation)
             self.copies.forget_before(plan.ram_generation if plan.ram_step >= 0 else plan.generation)

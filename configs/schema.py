@@ -288,6 +288,8 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     bad_node: what the owner of the machines is told to do with a node that is evicted because it is bad.
 
     supervisor_lost_timeout_s: how long agents with nothing left to do wait for a supervisor to come back.
+    lease_timeout_s: a node that the supervisor does not reach for so long, though it lives, stops by itself; so does
+    one that cannot see the run directory either.
     leave_timeout_s: how long a job that is asked to leave may take to finish its step and save.
 
     node_history is the file in which all runs of a site remember nodes ("": `nodes.jsonl` in run.dir). An evicted node
@@ -302,6 +304,7 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     ranks_per_node: Positive = 1
     spares: NonNegative = 0
     supervisor_lost_timeout_s: PositiveFloat = 600.0
+    lease_timeout_s: PositiveFloat = 10.0
     leave_timeout_s: PositiveFloat = 60.0
     node_history: str = ""
     repair_hours: PositiveFloat = 24.0

@@ -85,6 +85,8 @@ def check_timeouts(config: JobConfig) -> list[Problem]:
          "a lost node is taken for a slow start", 60 * lost_s),
         ("cluster.supervisor_lost_timeout_s", cluster.supervisor_lost_timeout_s, "more than",
          "health.heartbeat_timeout_s", lost_s, 1, "agents leave before they look for the new supervisor", 60 * lost_s),
+        ("cluster.lease_timeout_s", cluster.lease_timeout_s, "more than", "health.heartbeat_timeout_s", lost_s, 1,
+         "a node stops before it has looked for the supervisor elsewhere", 4 * lost_s),
     ]  # fmt: skip
     problems = [
         Problem(key, value, f"must be {how} ({other} = {least:g}), or {else_}; set {fix:g}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cluster import events
 from cluster.journal import Journal, read_events
-from cluster.messages import AgentReport, AgentStatus, Order, Readiness, WorkerExit
+from cluster.messages import AgentReport, AgentStatus, Order, Readiness, Wish, WorkerExit
 from cluster.run import _adopt
 from cluster.rundir import RunDir
 from cluster.state import replay
@@ -214,3 +214,20 @@ def test_an_old_generation_does_not_time_out_for_being_old(tmp_path: Path) -> No
     assert supervisor.incident is not None
     supervisor.watch(time.monotonic())
     assert {verdict.cause.value for verdict in supervisor.incident.verdicts} == {"peer_lost"}
+
+
+def test_a_node_that_was_given_up_and_comes_back_is_told_to_leave(tmp_path: Path) -> None:
+    """Promise: a healed partition brings nobody back with an old generation, whoever is the supervisor by then."""
+    old: Answer = lambda s: [s.finished("node1"), s.ready("node0", 2), s.ready("node2", 2)]  # noqa: E731
+    supervisor = take_over(tmp_path, old, (), REPLACED)
+    turn_until(supervisor, planned(supervisor, "node0", "node2"))
+    order = supervisor.socket.orders["node1"]  # type: ignore[attr-defined]
+    assert order.wish is Wish.SHUT_DOWN
+    assert "node1" not in supervisor.views
+    assert supervisor.state.incidents == ()
+
+    supervisor.handles["node1"] = "node1"  # one that evicted it itself
+    supervisor.socket.orders.clear()  # type: ignore[attr-defined]
+    turn_until(supervisor, lambda: "node1" in supervisor.socket.orders)  # type: ignore[attr-defined]
+    assert supervisor.socket.orders["node1"].wish is Wish.SHUT_DOWN  # type: ignore[attr-defined]
+    assert "node1" not in supervisor.views
