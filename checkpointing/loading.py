@@ -5,6 +5,7 @@ Nothing is written into live tensors before every rank has verified all the byte
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -18,8 +19,7 @@ import torch
 
 from checkpointing import disk
 from checkpointing.candidates import NoSnapshotError, list_candidates, read_candidate, read_same_candidate
-from checkpointing.checksum import checksum_range
-from checkpointing.flatten import FlatState, Stateful, rebuild
+from checkpointing.flatten import FlatState, LocalTensor, Stateful, rebuild
 from checkpointing.layout import (
     Manifest,
     ShardMeta,
@@ -28,7 +28,7 @@ from checkpointing.layout import (
 from checkpointing.repair import Progress, Repair, Repairer, Scratch
 from checkpointing.restore import DiskCandidate, decode_values, plan_candidate
 from checkpointing.retention import commit_pulled
-from checkpointing.segment import CONTROL_BYTES, SlotState
+from checkpointing.segment import CONTROL_BYTES, Control, SlotState
 from checkpointing.shardfile import header_size_bytes, parse_header
 from checkpointing.shardwriter import words
 from checkpointing.slots import opened
@@ -119,6 +119,7 @@ class Loader:
         self.reports = reports
         self._rejections: list[Rejection] = []
         self._manifest = b""
+        self._written = False
 
     def load(self, ram_step: int) -> LoadedSnapshot | None:
         """Load the nearest, newest snapshot that every rank can verify; None if there is none at all.
@@ -127,13 +128,16 @@ class Loader:
 
         Raises:
             NoSnapshotError: if there are snapshots and none can be trusted, or none can be reached.
-            OSError: if a verified file fails while it is copied: the state is then worthless.
+            OSError: if a file fails while it is copied, or memory turns out to be damaged and there is nothing else:
+                the state is then worthless.
         """
         started = time.monotonic()
         found = self._load_from_ram(ram_step) if ram_step >= 0 else None
         if found is None:
             found = self._load_from_disk()
         self._forget(-1 if found is None else found.age[1])
+        if found is None and self._written:
+            raise OSError(errno.EIO, f"nothing but memory had step {ram_step}, and that is damaged on some rank")
         if found is None:
             return None
         return LoadedSnapshot(
@@ -162,21 +166,20 @@ class Loader:
         held = [control for slot in self.target.slots if (control := slot.segment.control) is not None]
         own = max((control.generation for control in held if control.step == step), default=-1)
         generation = self.ranks.broadcast([own])[0]
-        candidate: tuple[SlotViews, ShardMeta] | None = None
+        meta: ShardMeta | None = None
         try:
-            candidate = self._ram_candidate(step, generation)
+            meta = self._fill_from_ram(step, generation)
         except SnapshotDamagedError as error:
             self._reject(step, "ram", error)
-        if not self.ranks.agree(candidate is not None):
+        if not self.ranks.agree(meta is not None):
             return None
-        assert candidate is not None
-        slot, meta = candidate
-        with torch.no_grad():
-            read_back(slot, self.target.flat.tensors)
+        assert meta is not None
         self._give_back(lambda name: msgspec.json.decode(meta.shard.leaves[name]))
         return _Found((generation, step), "ram", decode_values(meta.shard.scalars))
 
-    def _ram_candidate(self, step: int, generation: int) -> tuple[SlotViews, ShardMeta]:
+    def _fill_from_ram(self, step: int, generation: int) -> ShardMeta:
+        """Fill the live tensors from this rank's memory. SnapshotDamagedError if there is no whole copy; they may then
+        hold anything, and whatever is loaded instead fills them all."""
         if (generation, step) in self.places.rejected:
             raise SnapshotDamagedError(f"step {step} of generation {generation} has been rejected before")
         problems = []
@@ -185,8 +188,12 @@ class Loader:
             wanted = (step, generation, self.ranks.rank)
             if control is None or (control.step, control.generation, control.rank) != wanted:
                 continue
+            if control.layout != self.target.layout or control.size_bytes != slot.plan.size_bytes:
+                problems.append(f"{slot.segment.path.name}: is of another layout")
+                continue
+            self._written = True
             try:
-                return slot, _read_slot(slot, self.target.layout)
+                return _fill_from(slot, control, self.target.flat.tensors)
             except SnapshotDamagedError as error:
                 problems.append(str(error))
         raise SnapshotDamagedError("; ".join(problems) or f"no whole snapshot of step {step} in this rank's memory")
@@ -327,15 +334,17 @@ class Loader:
             owner.load_state_dict(rebuild(key, owner.state_dict(), leaf))
 
 
-def _read_slot(slot: SlotViews, layout: str) -> ShardMeta:
-    """What a slot's header says, after every byte of it has been read. SnapshotDamagedError if it is not whole."""
-    name, control = slot.segment.path.name, slot.segment.control
-    if control is None or control.layout != layout:
-        raise SnapshotDamagedError(f"{name}: is of another layout")
-    with opened(slot.segment.path) as fd:
-        found = checksum_range(fd, CONTROL_BYTES, control.size_bytes)
-        if found != control.checksum:
-            raise SnapshotDamagedError(f"{name}: checksum {found}, should be {control.checksum}")
-        length = header_size_bytes(os.pread(fd, 8, CONTROL_BYTES), control.size_bytes, name)
-        header = os.pread(fd, length, CONTROL_BYTES)
+def _fill_from(slot: SlotViews, control: Control, tensors: Sequence[LocalTensor]) -> ShardMeta:
+    """Fill the live tensors and return what the slot's header says. SnapshotDamagedError if a byte that was read is not
+    what was written: it is the bytes that were taken that are summed, not those of another look at them."""
+    name = slot.segment.path.name
+    try:
+        with opened(slot.segment.path) as fd, torch.no_grad():
+            found = read_back(slot, tensors, fd)
+            if found != control.checksum:
+                raise SnapshotDamagedError(f"{name}: checksum {found}, should be {control.checksum}")
+            length = header_size_bytes(os.pread(fd, 8, CONTROL_BYTES), control.size_bytes, name)
+            header = os.pread(fd, length, CONTROL_BYTES)
+    except OSError as error:
+        raise SnapshotDamagedError(f"{name}: {error}") from error
     return parse_header(header, control.size_bytes, found, name)

@@ -6,13 +6,12 @@ of their own into page-locked memory while the next forward and backward compute
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from checkpointing.blocks import PlainReader
-from checkpointing.checksum import Checksum, checksum
+from checkpointing.checksum import CHUNK_BYTES, Checksum, checksum
 from checkpointing.flatten import LocalTensor
 from checkpointing.segment import CONTROL_BYTES, Segment
 from checkpointing.shardfile import ShardPlan
@@ -50,24 +49,32 @@ class SlotViews:
         self.segment.close()
 
 
-def read_back(slot: SlotViews, tensors: Sequence[LocalTensor]) -> None:
-    """Fill the live tensors from a verified slot.
+def read_back(slot: SlotViews, tensors: Sequence[LocalTensor], fd: int) -> str:
+    """Fill the live tensors from a slot, open as fd. Returns the checksum of the whole shard as it was read.
 
-    Tensors in host memory are read into, not copied from the mapping: mapping a slot takes longer than the copy.
-    OSError if the slot does not give its bytes.
+    It is the caller's to compare: until then the tensors may hold anything. Those in host memory are read into, not
+    copied from the mapping: mapping a slot takes longer than the copy. OSError if the slot does not give its bytes.
     """
-    fd = os.open(slot.segment.path, os.O_RDONLY)
-    try:
-        reader = PlainReader(fd)
-        for local, part, view in zip(tensors, slot.plan.slices, slot.views, strict=True):
-            tensor = local.tensor.detach()
-            if tensor.is_cuda or not tensor.is_contiguous():
-                tensor.copy_(view)
-            elif tensor.numel():
-                start = CONTROL_BYTES + slot.plan.data_start_bytes + part.start_bytes
-                reader.read_into(tensor.reshape(-1).view(torch.uint8).numpy().data, start)
-    finally:
-        os.close(fd)
+    running, reader, at_bytes = Checksum(), PlainReader(fd), CONTROL_BYTES
+    for buffer in [memoryview(bytearray(slot.plan.data_start_bytes)), *_buffers(slot, tensors)]:
+        for begin in range(0, len(buffer), CHUNK_BYTES):
+            piece = buffer[begin : begin + CHUNK_BYTES]
+            if not piece.readonly:
+                reader.read_into(piece, at_bytes + begin)
+            running.update(piece)
+        at_bytes += len(buffer)
+    return running.hex()
+
+
+def _buffers(slot: SlotViews, tensors: Sequence[LocalTensor]) -> Iterator[memoryview]:
+    """Each tensor's bytes, in the order of the file: to be filled, or, once it was copied, as the slot has them."""
+    for local, part, view in zip(tensors, slot.plan.slices, slot.views, strict=True):
+        tensor, start = local.tensor.detach(), slot.plan.data_start_bytes + part.start_bytes
+        if tensor.is_cuda or not tensor.is_contiguous():
+            tensor.copy_(view)
+            yield slot.segment.data[start : start + part.end_bytes - part.start_bytes].toreadonly()
+        elif tensor.numel():
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 class Copier:

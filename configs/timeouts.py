@@ -93,6 +93,11 @@ def check_timeouts(config: JobConfig) -> list[Problem]:
         for key, value, how, other, least, times, else_, fix in ordered
         if value <= times * least
     ]
+    collective_s = derive(config).collective_s
+    if 2 * cluster.leave_timeout_s >= collective_s:  # a rank may take it once for a busy disk and once to be secure
+        what = f"must be less than half of {collective_s:.0f}, the time-out of collectives that follows from "
+        what += f"health.startup_timeout_s, or ranks that wait for a slow disk are ended; set {collective_s / 3:.0f}"
+        problems.append(Problem("cluster.leave_timeout_s", cluster.leave_timeout_s, what))
     if checkpoint.peer_copies and checkpoint.peer_wait_s >= floor_s:
         what = f"must be less than health.hang_floor_s = {floor_s:g}, or a step that waits for copies is taken for a "
         problems.append(Problem("checkpoint.peer_wait_s", checkpoint.peer_wait_s, what + f"hang; set {floor_s / 2:g}"))

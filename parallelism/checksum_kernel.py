@@ -46,7 +46,9 @@ class Words:
         firsts = (torch.arange(len(owners)) - before[owners]) * _BLOCK
         starts = [self._padded.get(i, tensor).data_ptr() for i, tensor in enumerate(tensors)]
         table = (torch.tensor(starts, dtype=torch.int64), counts, owners, firsts)
-        self._starts, self._counts, self._owners, self._firsts = (each.to(self._device) for each in table)
+        self._starts, self._counts, self._owners, self._firsts = (
+            each.to(self._device, non_blocking=True) for each in table
+        )
 
     def sums(self) -> Tensor:
         """The sums as the tensors are now, int64 [number of tensors], on their device."""

@@ -107,12 +107,14 @@ class GradientWatch(DefaultReduceScatter):
     """FSDP's reduce-scatter, and, when asked to, a sum of what this rank puts into each.
 
     These are the gradients of this rank's own samples before they are mixed with others': another rank that computes
-    the same samples puts in the same.
+    the same samples puts in the same. FSDP asks for two buffers in turn, one to put gradients in and one for what comes
+    out, also where nothing is sharded and no reduce-scatter follows: the first is full when it asks for the second.
     """
 
     def __init__(self) -> None:
         self.on = False
         self._sums: list[Tensor] = []
+        self._filling: Tensor | None = None
 
     def watch(self, parts: Iterable[nn.Module]) -> GradientWatch:
         """Stand in for the reduce-scatter of all modules of FSDP."""
@@ -130,10 +132,13 @@ class GradientWatch(DefaultReduceScatter):
         sums, self._sums = self._sums, []
         return [int(value) for each in sums for value in each.tolist()]
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.on:
-            self._sums.append(checksums([input_tensor]))
-        return super().__call__(output_tensor, input_tensor, *args, **kwargs)
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer for FSDP."""
+        filled, buffer = self._filling, super().allocate(size, dtype=dtype, device=device)
+        self._filling = buffer if filled is None else None
+        if filled is not None and self.on:
+            self._sums.append(checksums([filled]))
+        return buffer
 
 
 def fold(sums: Iterable[int]) -> int:

@@ -148,7 +148,13 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         clock=start_clock(engine, context, config.health.probe_steps, stack),
         layers=LayerProbe(context, config, engine),
         tells_loss=context.rank in loss_ranks(config.parallelism),
-        integrity=Integrity(context, engine, config.integrity.interval_steps, step + 1),
+        integrity=Integrity(
+            context,
+            engine,
+            config.integrity.interval_steps,
+            step + 1,
+            (loaded.generation, loaded.step) if loaded else None,
+        ),
         replay=Replay(context, config, engine, reader, eod_id),
         watch=NumbersWatch(config.numbers, config.training.steps, _watch_state(loaded)),
     )

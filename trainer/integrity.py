@@ -19,6 +19,7 @@ from torch import Tensor
 from parallelism.checksums import Checksummer, checksums
 from parallelism.engine import Engine
 from parallelism.exchange import gather_ints
+from parallelism.recorder import fold
 from parallelism.replicas import Disagreement, Replicas, placement_key
 from trainer.events import FactKind
 
@@ -47,8 +48,17 @@ class Integrity:
     Call `remember` after each update, `gradients_done` after clipping, `check` before the vote.
     """
 
-    def __init__(self, context: RankContext, engine: Engine, interval: int, first_step: int) -> None:
+    def __init__(
+        self,
+        context: RankContext,
+        engine: Engine,
+        interval: int,
+        first_step: int,
+        loaded: tuple[int, int] | None = None,
+    ) -> None:
+        """loaded: (generation, step) of the snapshot that this process began with, if with any."""
         self.context = context
+        self.loaded = loaded
         self.engine = engine
         self.interval = interval
         self.first_step = first_step
@@ -68,6 +78,7 @@ class Integrity:
             Replicas(context.rank, [*gradients, "all", f"stage {stage} samples {engine.dp_rank}"]) if interval else None
         )
         self._taken: Taken | None = None
+        self._odd: frozenset[int] = frozenset()
         self.remember(first_step)
 
     def due(self, step: int) -> bool:
@@ -87,7 +98,8 @@ class Integrity:
         """Compare, if it is due. Collective then: one small all-reduce.
 
         Returns:
-            Whether some rank's gradients, norm or random numbers cannot be right: the step must be computed again.
+            Whether some rank's gradients, norm or random numbers cannot be right: the step must be computed again, and
+            then `agree` called.
 
         Raises:
             CorruptionError: some rank's weights or optimizer state are wrong. Where it is known whose, that rank raises
@@ -100,7 +112,7 @@ class Integrity:
         moved = _different(taken.state, state)
         bent = [] if taken.gradients is None else _different(taken.gradients, gradients)
         kept = state.tolist()
-        here = [*gradients.tolist(), _bits(float(grad_norm), lr), _random_state()]
+        here = _shared(gradients, grad_norm, lr)
         # What is no number may look different on ranks that agree.
         step_word = self._step_replicas.word(here) if math.isfinite(float(grad_norm)) else 0
         box = torch.tensor([len(moved), len(bent), self._state_replicas.word(kept), step_word], dtype=torch.int64)
@@ -112,10 +124,35 @@ class Integrity:
             self._state_differs(step, self._state_replicas.compare(kept))
         if n_bent:
             self._gradients_changed(bent)
-        elif step_word:
-            self._gradients_differ(self._step_replicas.compare(here))
+        self._odd = self._step_replicas.compare(here).odd if step_word and not n_bent else frozenset()
         self.good_step = step
         return bool(n_bent or step_word)
+
+    def agree(self, grad_norm: Tensor, lr: float, split: bool) -> None:
+        """See that ranks that did not agree do, now that the step was computed again. Collective.
+
+        split: not all ranks have the same norm.
+
+        Raises:
+            CorruptionError: they still do not. What they hold now may not become an update.
+        """
+        if split:
+            leave(self.context, frozenset(), "ranks have different gradient norms each time")
+        if self._step_replicas is None:
+            return
+        here, odd = _shared(self._gradients(), grad_norm, lr), self._odd
+        word = torch.tensor(self._step_replicas.word(here) if math.isfinite(float(grad_norm)) else 0)
+        dist.all_reduce(word)
+        still = self._step_replicas.compare(here) if int(word) else None
+        if self.context.rank in (still.odd if still else odd):
+            detail = f"rank {self.context.rank} has other gradients than its replicas"
+            self.context.note(FactKind.CORRUPTION_FOUND, detail, blamed=self.context.rank, mended=still is None)
+        if still is not None:
+            if self.context.rank == 0 and still.tied:
+                detail = f"{ranks_in_words(still.tied)} should have the same gradients, and do not"
+                self.context.note(FactKind.CORRUPTION_FOUND, detail)
+            words = f"replicas have other gradients each time: {ranks_in_words(still.odd | still.tied)}"
+            leave(self.context, still.odd, words)
 
     def _gradients(self) -> Tensor:
         found = self.engine.gradients()
@@ -136,6 +173,9 @@ class Integrity:
         leave(self.context, guilty, f"bits of the state changed in memory on {ranks_in_words(guilty)}")
 
     def _state_differs(self, step: int, found: Disagreement) -> None:
+        if step == self.first_step and self.loaded is not None:
+            # It came with the snapshot, or with the way from there: whose doing it was, nobody knows any more.
+            found = Disagreement(frozenset(), found.odd | found.tied)
         if self.context.rank in found.odd:
             detail = f"rank {self.context.rank} holds other weights or optimizer state than its replicas"
             self.context.note(FactKind.CORRUPTION_FOUND, detail, blamed=self.context.rank)
@@ -146,15 +186,10 @@ class Integrity:
         leave(self.context, found.odd, f"replicas differ: {ranks_in_words(found.odd | found.tied)}")
 
     def _gradients_changed(self, bent: Sequence[int]) -> None:
-        """Like what follows, no harm is done: a doubted step is computed again before its update."""
+        """No harm is done: a doubted step is computed again before its update."""
         if bent:
             name = self.engine.optimizer.slots[bent[0]].name
             detail = f"rank {self.context.rank}: the gradient of {name} changed in memory after it was clipped"
-            self.context.note(FactKind.CORRUPTION_FOUND, detail, blamed=self.context.rank, mended=True)
-
-    def _gradients_differ(self, found: Disagreement) -> None:
-        if self.context.rank in found.odd:
-            detail = f"rank {self.context.rank} has other gradients than its replicas"
             self.context.note(FactKind.CORRUPTION_FOUND, detail, blamed=self.context.rank, mended=True)
 
     def _distrust(self, steps: range) -> None:
@@ -162,7 +197,9 @@ class Integrity:
         if self.context.rank == 0:
             for step in steps:
                 detail = f"the state of step {step} may have been wrong in memory already"
-                self.context.note(FactKind.SNAPSHOT_DISTRUSTED, detail, step=step)
+                begun_with = self.loaded is not None and step == self.loaded[1]
+                made_by = self.loaded[0] if self.loaded is not None and begun_with else None
+                self.context.note(FactKind.SNAPSHOT_DISTRUSTED, detail, step=step, generation=made_by)
 
 
 def leave(context: RankContext, guilty: frozenset[int], why: str) -> None:
@@ -187,8 +224,12 @@ def _bits(*values: float) -> int:
     return int(checksums([torch.tensor(values, dtype=torch.float64)])[0])
 
 
-def _random_state() -> int:
-    return int(checksums([torch.get_rng_state()])[0])
+def _shared(gradients: Tensor, grad_norm: Tensor, lr: float) -> list[int]:
+    """Sums of what replicas share in a step: each gradient, its norm with the learning rate, random numbers."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return [*gradients.tolist(), _bits(float(grad_norm), lr), fold(checksums(states).tolist())]
 
 
 def ranks_in_words(ranks: frozenset[int]) -> str:

@@ -58,6 +58,8 @@ class LayerWatch:
     def _layer_words(self, name: str, norm: float, middle: float) -> str:
         if norm <= _DEAD * middle:
             return f"{name} is dead: its gradients have norm {norm:.3g}, the median layer's {middle:.3g}"
+        if not middle:
+            return ""  # most layers are dead: there is nothing to hold this one against
         ratio = norm / middle
         known = self._ratios.setdefault(name, deque(maxlen=_KEPT_LOOKS))
         if len(known) >= _KNOWN_LOOKS and ratio > _EXPLODES and ratio > _EXPLODES * median(known):

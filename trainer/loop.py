@@ -34,13 +34,16 @@ _RETRY_S = 5.0
 class Vote:
     """What all ranks agreed on. busy: some rank still persists. loss: the step's mean loss over all ranks.
 
-    clock_due: rank 0 says that it is time for the run directory to get a snapshot.
+    clock_due: rank 0 says that it is time for the run directory to get a snapshot. grad_norm: rank 0's, for all ranks
+    to judge; split: it is not everybody's.
     """
 
     leave: bool
     busy: bool
     clock_due: bool
     loss: float
+    grad_norm: float
+    split: bool
 
 
 @dataclass(frozen=True)
@@ -140,9 +143,12 @@ def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
     vote, finding = judge(rank, step, work)
     # Every rank's copies of the step before are whole by now: nothing can take it back any more.
     publish(rank)
-    if why := rank.replay.reason(step, doubted, finding):
+    if why := rank.replay.reason(step, doubted or vote.split, finding):
+        doubted = doubted or vote.split
         work = rank.replay.examine(batch, work, why)
         vote, finding = judge(rank, step, work)
+        if doubted:
+            rank.integrity.agree(work.grad_norm, lr, vote.split)
     if step == rank.first_step and rank.canary is not None:
         check_canary(rank, work.loss, rank.canary)
     heart.beat(Phase.OPTIMIZER)
@@ -151,29 +157,32 @@ def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
     else:
         rank.layers.look(step)
         engine.optimizer_step(lr)
-        rank.stretch = rank.watch.applied(step, vote.loss, float(work.grad_norm))
+        rank.stretch = rank.watch.applied(step, vote.loss, vote.grad_norm)
     rank.integrity.remember(step + 1)
     return StepStats(work.loss, float(work.grad_norm), lr, finding is not None, data_s, stall_s, batch.batch), vote
 
 
 def judge(rank: Rank, step: int, work: Work) -> tuple[Vote, Finding | None]:
     """What all ranks agree on, and what is wrong with the step's numbers, if anything. Collective."""
-    vote = take_vote(rank, work.loss)
-    return vote, rank.watch.judge(step, vote.loss, float(work.grad_norm))
+    vote = take_vote(rank, work)
+    return vote, rank.watch.judge(step, vote.loss, vote.grad_norm)
 
 
-def take_vote(rank: Rank, loss: Tensor) -> Vote:
-    """Agree on the loss, whether to leave, and what the disk needs. One small collective.
+def take_vote(rank: Rank, work: Work) -> Vote:
+    """Agree on the step's numbers, whether to leave, and what the disk needs. One small collective.
 
-    Sums come out the same on every rank, to the last bit, so that all of them judge the loss alike.
+    Sums come out the same on every rank, to the last bit, so that all of them judge alike. That of the norms, which are
+    fp32 and equal, is exact: it is so many times rank 0's, or some rank has another one.
     """
     clock_due = rank.context.rank == 0 and rank.policy.clock_due(time.monotonic() - rank.persisted_s)
-    share = float(loss) if rank.tells_loss else 0.0
-    mine = [rank.context.leave_requested, rank.snapshots.persist_busy, clock_due, share]
+    share, norm = float(work.loss) if rank.tells_loss else 0.0, float(work.grad_norm)
+    first_norm = norm if rank.context.rank == 0 else 0.0
+    mine = [rank.context.leave_requested, rank.snapshots.persist_busy, clock_due, share, first_norm, norm]
     ballot = torch.tensor(mine, dtype=torch.float64)
     dist.all_reduce(ballot)
-    leave, busy, due, loss_avg = ballot.tolist()
-    return Vote(leave > 0, busy > 0, due > 0, loss_avg)
+    leave, busy, due, loss_avg, grad_norm, norms = ballot.tolist()
+    split = math.isfinite(grad_norm) and norms != grad_norm * dist.get_world_size()
+    return Vote(leave > 0, busy > 0, due > 0, loss_avg, grad_norm, split)
 
 
 def check_canary(rank: Rank, loss: Tensor, expected: float) -> None:
@@ -192,7 +201,7 @@ def snapshot(rank: Rank, vote: Vote, final: bool) -> None:
     """Begin to copy the state to shared memory, if the step is due; the next step waits for the copy, not this one."""
     feed = rank.policy.feed(rank.step, final, vote.busy, vote.clock_due)
     # What the run may have to go back to must not be pushed out by what it would go back from.
-    if not feed.stage or (rank.watch.unsettled and not final):
+    if not feed.stage or (rank.watch.unsettled(rank.step) and not final):
         return
     rank.context.heart.beat(Phase.SNAPSHOT)
     deadline_s = time.monotonic() + rank.config.cluster.leave_timeout_s

@@ -63,7 +63,8 @@ class WatchState(msgspec.Struct, frozen=True):
     """All that the watch knows, as plain values.
 
     losses, grad_norms: of the newest applied steps, oldest first. bad: newest bad steps, oldest first. oddity: what
-    the last of them was. lowest: the level of the window with the lowest median loss so far.
+    the last of them was. lowest: the level of the window with the lowest median loss so far. unsettled_since: the first
+    bad step since there was none lately; 0 if there is none.
     """
 
     losses: tuple[float, ...] = ()
@@ -71,6 +72,7 @@ class WatchState(msgspec.Struct, frozen=True):
     bad: tuple[int, ...] = ()
     oddity: Oddity = Oddity.SPIKE
     lowest: Level | None = None
+    unsettled_since: int = 0
 
 
 class NumbersWatch:
@@ -82,10 +84,14 @@ class NumbersWatch:
         self._last_step = last_step
         self.state = state or WatchState()
 
-    @property
-    def unsettled(self) -> bool:
-        """Whether steps were bad so lately that the run may have to go back to before them."""
-        return self._config.max_skips > 0 and bool(self.state.bad)
+    def unsettled(self, step: int) -> bool:
+        """Whether steps were bad so lately that the run may have to go back to before them.
+
+        Numbers that stay half bad do not keep a run without snapshots for ever: none is longer in doubt than a stretch
+        may be, and one that is gone back from later is distrusted then.
+        """
+        since = self.state.unsettled_since
+        return self._config.max_skips > 0 and since > 0 and step - since < self._config.max_stretch_steps
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Finding | None:
         """What is wrong with a step's global loss and gradient norm (before clipping); None if nothing is."""
@@ -124,7 +130,9 @@ class NumbersWatch:
 
     def skipped(self, finding: Finding) -> Stretch | None:
         """The step's update was left out. Returns what shall be left out, if the bad stretch may not grow further."""
-        self.state = msgspec.structs.replace(self.state, bad=(*self.state.bad, finding.step), oddity=finding.oddity)
+        bad = (*(self.state.bad if self._in_trouble else self._recent(finding.step)), finding.step)
+        since = self.state.unsettled_since or finding.step
+        self.state = msgspec.structs.replace(self.state, bad=bad, oddity=finding.oddity, unsettled_since=since)
         return self._look_back(finding.step, ended=finding.step >= self._last_step)
 
     def _knows_enough(self) -> bool:
@@ -132,14 +140,22 @@ class NumbersWatch:
 
     def _look_back(self, step: int, ended: bool) -> Stretch | None:
         """A stretch is bad with max_skips bad steps among skip_window_steps; it ends with the first good step."""
-        bad, config = self.state.bad, self._config
-        in_trouble = 0 < config.max_skips <= len(bad)
-        if in_trouble and (ended or step - bad[0] + 1 >= config.max_stretch_steps):
+        bad = self.state.bad
+        if not self._in_trouble:
+            recent = self._recent(step)
+            since = self.state.unsettled_since if recent else 0
+            self.state = msgspec.structs.replace(self.state, bad=recent, unsettled_since=since)
+        elif ended or step - bad[0] + 1 >= self._config.max_stretch_steps:
             return Stretch(self.state.oddity, bad[0], bad[-1])
-        if not in_trouble:
-            recent = tuple(each for each in bad if each > step - config.skip_window_steps)
-            self.state = msgspec.structs.replace(self.state, bad=recent)
         return None
+
+    @property
+    def _in_trouble(self) -> bool:
+        return 0 < self._config.max_skips <= len(self.state.bad)
+
+    def _recent(self, step: int) -> tuple[int, ...]:
+        """The bad steps of the window that ends with this one."""
+        return tuple(each for each in self.state.bad if each > step - self._config.skip_window_steps)
 
 
 def level_of(window: Sequence[float], floor: float) -> Level:

@@ -80,8 +80,12 @@ class Replay:
         self._readers: dict[int, Reader] = {}
         self._gradients = GradientWatch().watch(engine.parts)
         self._always = config.integrity.record_every_step
+        layout = config.parallelism
+        # Where other ranks' numbers enter what a rank computes, only a tape tells whose differ first.
+        self._mixes = layout.pp * layout.tp * layout.cp * layout.ep > 1
         self._stride = _stride(config)
         self._odd = False
+        self._doubted = False
         self._next_suspect = 0
         self._pause_steps = 1
 
@@ -95,7 +99,7 @@ class Replay:
 
         Odd numbers that turn out to be right are looked at ever more rarely: a job that is full of them costs no more.
         """
-        self._odd = finding is not None
+        self._odd, self._doubted = finding is not None, doubted
         if doubted:
             return "ranks that must agree did not"
         if finding is not None and self.config.integrity.replay_suspects and step >= self._next_suspect:
@@ -104,7 +108,7 @@ class Replay:
 
     def first(self, batch: StepBatch) -> Work:
         """Compute a step: forward, backward, clipping."""
-        tape = self.scheduled(batch.step)
+        tape = self.scheduled(batch.step) or (self._always and self._mixes)
         return self._compute(batch, self.engine.dp_rank, tape, tape or self._always)
 
     def examine(self, batch: StepBatch, work: Work, why: str) -> Work:
@@ -179,10 +183,14 @@ class Replay:
         third = self._again(batch)
         rows = gather_ints([third.result == first.result, third.result == again.result])
         right = next((name for i, name in enumerate(("first", "second")) if all(row[i] for row in rows)), "")
-        if not right and self._guilty(again, third) != guilty:
-            return third.work, "each of three computations gave something else: kernels here are not deterministic"
+        if not right:
+            later = self._guilty(again, third)
+            if len(later) != 1 or guilty not in (frozenset(), later):
+                return third.work, "each of three computations gave something else: kernels here are not deterministic"
+            guilty = later
         self._tell(guilty, "sent other numbers than when it computed the same step again", mended=bool(right))
-        self._always = self._always or not guilty
+        # What was doubted has been named by whoever doubted it.
+        self._always = self._always or not (guilty or self._doubted)
         if not right:
             leave(self.context, guilty, f"step {batch.step} came out differently each time on {ranks_in_words(guilty)}")
         return third.work, f"results differed; the {right} one came out again, and counts"
@@ -200,15 +208,18 @@ class Replay:
             again = self._again(batch)
         shares = self._by_share(found)
         guilty = outvoted(shares) if second is not None else frozenset()
-        self._tell(guilty or disputed(shares), "computes other numbers than other devices do for the same samples",
-                   proven=bool(guilty))  # fmt: skip
+        did = "computes other numbers than other devices do for the same samples"
+        if self.scheduled(batch.step):
+            since = max(1, batch.step - self.config.integrity.replay_interval_steps + 1)
+            did += f"; what it did since step {since} was not looked at"
+        self._tell(guilty or disputed(shares), did, proven=bool(guilty))
         if guilty:
             leave(self.context, guilty, f"{ranks_in_words(guilty)} compute wrong numbers each time")
         return again.work, "devices disagree, and nobody can say which is right"
 
     def _guilty(self, before: Trial, after: Trial) -> frozenset[int]:
         """The ranks where a difference began, as far as what was recorded tells. Collective."""
-        mine = _difference(before.work, after.work)
+        mine = _difference(before.work, after.work, self._mixes)
         differs = before.result != after.result
         sends = [number for send in mine.sends.items() for number in send] if mine else []
         rows = gather_ints([mine is not None, differs, before.work.tape is not None, *sends])
@@ -256,14 +267,19 @@ class Replay:
         self._pause_steps = min(2 * self._pause_steps, _LONGEST_PAUSE_STEPS)
 
 
-def _difference(before: Work, after: Work) -> Divergence | None:
-    """How two computations of this rank differ in what it sent, by the best record that both have."""
+def _difference(before: Work, after: Work, mixes: bool) -> Divergence | None:
+    """How two computations of this rank differ in what it sent, by the best record that both have.
+
+    mixes: other ranks' numbers enter what this one computes, so that without tapes nothing tells whose differ.
+    """
     if before.tape is not None and after.tape is not None:
         return divergence(before.tape, after.tape)
-    if before.shares is not None:
-        return Divergence(0, {}) if before.shares != after.shares else None
+    if mixes:
+        return None
     # The loss is always known; where it differs, so did the forward pass.
-    return Divergence(0, {}) if checksums([before.loss]).tolist() != checksums([after.loss]).tolist() else None
+    losses = checksums([before.loss, after.loss]).tolist()
+    sent_other = before.shares is not None and before.shares != after.shares
+    return Divergence(0, {}) if sent_other or losses[0] != losses[1] else None
 
 
 def _digest(work: Work) -> int:

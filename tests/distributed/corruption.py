@@ -127,6 +127,8 @@ class Driver:
         doubted = self.integrity.check(step, work.grad_norm, LR)
         if why := self.replay.reason(step, doubted, None) or suspect:
             work = self.replay.examine(mine, work, why)
+            if doubted:
+                self.integrity.agree(work.grad_norm, LR, split=False)
         if torch.isfinite(work.grad_norm):
             self.engine.optimizer_step(LR)
         else:
@@ -233,6 +235,34 @@ def always_wrong(world: World, config: JobConfig, folder: Path) -> Told:
     with flipped_gradient(1_000_000 if world.rank == 1 else 0):
         driver.step(1)
         driver.stop(2)
+    return driver.told()
+
+
+def struck_forward(world: World, config: JobConfig, folder: Path) -> Told:
+    """Rank 1's activations flip in two suspect steps: nothing was recorded in the first."""
+    driver = Driver(world, config, folder, "forward", interval_steps=0, replay_interval_steps=0)
+    driver.step(1)
+    for step in (2, 3):
+        with flipped_activation(driver.engine, int(world.rank == 1)):
+            driver.step(step, suspect="a spike")
+    return driver.told()
+
+
+def restless(world: World, config: JobConfig, folder: Path) -> Told:
+    """Each computation of every rank has a bit of its own wrong."""
+    driver = Driver(world, config, folder, "restless", interval_steps=0, replay_interval_steps=2)
+    driver.step(1)
+    reduce, calls = _fsdp_param_group.foreach_reduce, iter(range(1_000_000))
+
+    def flipping(fsdp_params: Any, unsharded_grads: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        flip(unsharded_grads[0], 3, element=next(calls))
+        return reduce(fsdp_params, unsharded_grads, *args, **kwargs)
+
+    _fsdp_param_group.foreach_reduce = flipping  # type: ignore[assignment]
+    try:
+        driver.step(2)
+    finally:
+        _fsdp_param_group.foreach_reduce = reduce
     return driver.told()
 
 

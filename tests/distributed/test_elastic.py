@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.elastic import AssignedRendezvous, NodeElasticAgent, WorkerDeath
-from cluster.messages import Plan
+from cluster.messages import Assignment
 
 pytestmark = pytest.mark.distributed
 
@@ -29,13 +29,13 @@ class OnePlan:
     def __init__(self) -> None:
         self.generations = 0
 
-    def await_plan(self, store_port: int) -> Plan | None:
+    def await_plan(self, store_port: int) -> Assignment | None:
         """See `cluster.elastic.Planner`."""
         self.generations += 1
         if self.generations > 1:
             return None
-        return Plan(
-            generation=1, nodes=("node0",), ranks_per_node=2, store_host="127.0.0.1", store_port=store_port, ram_step=-1
+        return Assignment(
+            generation=1, place=0, nodes=1, ranks_per_node=2, store_host="127.0.0.1", store_port=store_port, ram_step=-1
         )
 
     def wants_restart(self) -> bool:

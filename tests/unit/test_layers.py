@@ -58,6 +58,14 @@ def test_an_exploding_layer_is_told() -> None:
     assert "layer 2 explodes" in found.detail
 
 
+def test_where_most_layers_are_dead_they_are_told_and_the_rest_is_not_judged() -> None:
+    """No median is left to hold the living ones against: that is no reason to fail."""
+    watch = LayerWatch(0)
+    norms = {**dict.fromkeys(NAMES, 0.0), NAMES[0]: 1.0}
+    assert watch.judge(norms, {}) == []
+    assert len(watch.judge(norms, {})) == len(NAMES) - 1
+
+
 def test_collapsed_experts_are_told() -> None:
     """All tokens go to the same experts, look after look."""
     watch = LayerWatch(top_k=2)

@@ -143,7 +143,7 @@ def test_a_stretch_is_as_long_as_the_bad_steps_are() -> None:
     run.feed_all([3.0] * 20 + [9.0, 3.0, 9.0, 9.0, 9.0])
     assert run.skipped == [21, 23, 24, 25]
     assert run.stretch is None
-    assert run.watch.unsettled
+    assert run.watch.unsettled(run.step)
     run.feed(3.0)
     assert run.stretch == Stretch(Oddity.SPIKE, 21, 25)
 
@@ -155,7 +155,33 @@ def test_bad_steps_far_apart_are_no_stretch() -> None:
         run.feed_all([3.0] * 10 + [9.0])
         assert run.stretch is None
     run.feed_all([3.0] * 8)
-    assert not run.watch.unsettled
+    assert not run.watch.unsettled(run.step)
+
+
+def test_the_window_ends_with_the_step_that_is_judged() -> None:
+    """Three bad steps in nine are no stretch where eight are looked at; three in eight are."""
+    wide, close = Run(), Run()
+    wide.feed_all([3.0] * 20 + [9.0, 3.0, 3.0, 3.0, 9.0, 3.0, 3.0, 3.0, 9.0, 3.0])
+    assert wide.skipped == [21, 25, 29]
+    assert wide.stretch is None
+    close.feed_all([3.0] * 20 + [9.0, 3.0, 3.0, 3.0, 9.0, 3.0, 3.0, 9.0, 3.0])
+    assert close.stretch == Stretch(Oddity.SPIKE, 21, 28)
+
+
+@pytest.mark.parametrize("every", [5, 7, 8])
+def test_a_run_that_is_always_a_little_bad_gets_its_snapshots(every: int) -> None:
+    """Never two bad steps close enough to go back, never none lately: a crash may not cost all of it."""
+    run = Run(last_step=1000)
+    run.feed_all([3.0] * 20)
+    gaps, since = [], 0
+    for step in range(400):
+        run.feed(9.0 if step % every == 0 else 3.0)
+        since = since + 1 if run.watch.unsettled(run.step) else 0
+        gaps.append(since)
+    assert run.stretch is None
+    assert max(gaps) <= CONFIG.max_stretch_steps
+    run.restart()
+    assert not run.watch.unsettled(run.step)
 
 
 def test_a_stretch_does_not_grow_without_end() -> None:
@@ -174,7 +200,7 @@ def test_never_going_back_can_be_chosen() -> None:
     run.feed_all([3.0] * 20 + [9.0] * 50)
     assert len(run.skipped) == 50
     assert run.stretch is None
-    assert not run.watch.unsettled
+    assert not run.watch.unsettled(run.step)
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=4, max_size=64), st.floats(1e-6, 1e6), st.floats(1e-3, 1e3))
