@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from cluster.messages import (
     AgentReport,
     AgentStatus,
+    Assignment,
     Evidence,
     HeldInfo,
     Measured,
     NumberedFact,
     NumberedVerdict,
     Order,
-    Plan,
     RankBeat,
     RankTimes,
     Readiness,
@@ -118,7 +118,7 @@ class AgentState:
 
     # What torch elastic asks --------------------------------------------------------------------------------------
 
-    def await_plan(self, store_port: int) -> Plan | None:
+    def await_plan(self, store_port: int) -> Assignment | None:
         """See `cluster.elastic.Planner`. What the node holds is looked through anew for every generation wanted."""
         while True:
             with self._changed:
@@ -160,9 +160,9 @@ class AgentState:
     def _leaving(self) -> bool:
         return self._dismissed or self._order.wish is Wish.SHUT_DOWN
 
-    def _new_plan(self) -> Plan | None:
+    def _new_plan(self) -> Assignment | None:
         plan = self._order.plan
-        return plan if plan is not None and plan.generation > self.generation and self.node in plan.nodes else None
+        return plan if plan is not None and plan.generation > self.generation and plan.place >= 0 else None
 
     # What happens on the node -------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousGracefulExitError, RendezvousHandler
 from torch.distributed.elastic.rendezvous.api import RendezvousInfo, RendezvousStoreInfo
 
-from cluster.messages import Plan
+from cluster.messages import Assignment
 
 _STORE_TIMEOUT = timedelta(seconds=60)
 _RESTARTS_WITHOUT_END = 1 << 30
@@ -37,7 +37,7 @@ _IDENTICAL = {"TORCH_ELASTIC_WORKER_IDENTICAL": "1"}
 class Planner(Protocol):
     """What the rendezvous needs of the agent."""
 
-    def await_plan(self, store_port: int) -> Plan | None:
+    def await_plan(self, store_port: int) -> Assignment | None:
         """Report readiness and block until a plan names this node; None when the node shall leave."""
 
     def wants_restart(self) -> bool:
@@ -59,7 +59,7 @@ class AssignedRendezvous(RendezvousHandler):
         self.node = node
         self.host = host
         self.planner = planner
-        self.plan: Plan | None = None
+        self.plan: Assignment | None = None
         self._server: TCPStore | None = None
 
     @property
@@ -77,13 +77,13 @@ class AssignedRendezvous(RendezvousHandler):
         self.plan = self.planner.await_plan(self._server.port)
         if self.plan is None:
             raise RendezvousGracefulExitError("the supervisor let this node go")
-        rank = self.plan.nodes.index(self.node)
+        rank = self.plan.place
         # Every node has as many workers, so torch elastic works ranks out without a store (see `_IDENTICAL`): an
         # agent that asked the store of a node that has just died would wait, deaf to the supervisor.
         return RendezvousInfo(
             PrefixStore("agents", self._server),
             rank,
-            len(self.plan.nodes),
+            self.plan.nodes,
             RendezvousStoreInfo(self.plan.store_host, self.plan.store_port),
         )
 
@@ -138,7 +138,7 @@ class NodeElasticAgent(LocalElasticAgent):
         entrypoint: Callable[[str], None],
         local_world_size: int,
         scratch: Path,
-        worker_argument: Callable[[Plan], str],
+        worker_argument: Callable[[Assignment], str],
         on_deaths: Callable[[Sequence[WorkerDeath]], None],
         all_begun: Callable[[], bool],
         on_term: Callable[[], None],

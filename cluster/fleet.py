@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Container, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from cluster.messages import AgentReport, AgentStatus, Gather, HeldInfo
 
 _TIERS = ("ram", "peer", "node")
 
 
-@dataclass(frozen=True)
-class AgentView:
+class AgentView(msgspec.Struct, frozen=True):
     """The newest report of an agent, and when it arrived (this machine's monotonic clock)."""
 
     report: AgentReport
@@ -56,9 +56,10 @@ def gatherings(
     not all ask the same one.
     """
     missing = []
+    holders = _holders(views, snapshot)
     for rank in range(len(members) * ranks_per_node):
         home = members[rank // ranks_per_node]
-        tiers = {node: tier for node, view in views.items() if (tier := _tier(view, rank, snapshot)) is not None}
+        tiers = holders.get(rank, {})
         if tiers.get(home) == "ram":
             continue
         names = sorted(tiers)
@@ -68,10 +69,15 @@ def gatherings(
     return tuple(missing)
 
 
-def _tier(view: AgentView, rank: int, snapshot: tuple[int, int]) -> str | None:
-    """The fastest tier in which a node has a shard."""
-    tiers = {s.tier for s in _held(view) if s.rank == rank and (s.generation, s.step) == snapshot}
-    return min(tiers, key=_TIERS.index, default=None)
+def _holders(views: Mapping[str, AgentView], snapshot: tuple[int, int]) -> dict[int, dict[str, str]]:
+    """By rank, who has its shard of the snapshot, and in the fastest tier of each."""
+    holders: dict[int, dict[str, str]] = {}
+    for node, view in views.items():
+        for shard in _held(view):
+            if (shard.generation, shard.step) == snapshot:
+                of_rank = holders.setdefault(shard.rank, {})
+                of_rank[node] = min(of_rank.get(node, shard.tier), shard.tier, key=_TIERS.index)
+    return holders
 
 
 def _held(view: AgentView) -> Sequence[HeldInfo]:
@@ -89,7 +95,8 @@ def place_copies(
     """
     ring = _ring(candidates, domains)
     place = {node: index for index, node in enumerate(ring)}
-    return {member: _followers(ring, place.get(member, -1), member, domains, copies) for member in members}
+    known = {domains.get(node) for node in ring}
+    return {member: _followers(ring, place.get(member, -1), member, domains, copies, known) for member in members}
 
 
 def _ring(candidates: Sequence[str], domains: Mapping[str, str]) -> list[str]:
@@ -104,10 +111,13 @@ def _ring(candidates: Sequence[str], domains: Mapping[str, str]) -> list[str]:
     return sorted(candidates, key=lambda node: keys[node])
 
 
-def _followers(ring: Sequence[str], at: int, member: str, domains: Mapping[str, str], copies: int) -> tuple[str, ...]:
+def _followers(
+    ring: Sequence[str], at: int, member: str, domains: Mapping[str, str], copies: int, known: Collection[str | None]
+) -> tuple[str, ...]:
+    """known: all domains of the ring; where none is left that has no copy, the ring is not searched any further."""
     taken, chosen, passed = {domains.get(member)}, list[str](), list[str]()
     for distance in range(1, len(ring) + 1):
-        if len(chosen) == copies:
+        if len(chosen) == copies or (len(chosen) + len(passed) >= copies and taken.issuperset(known)):
             break
         node = ring[(at + distance) % len(ring)]
         domain = domains.get(node)

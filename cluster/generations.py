@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from cluster.fleet import AgentView, all_finished, ready_members
 from cluster.jobstate import JobState
-from cluster.messages import AgentReport, Gather, Plan
+from cluster.messages import AgentReport, Assignment, Gather, Plan, Sources
 from cluster.placement import Placement
-from cluster.planning import make_plan
+from cluster.planning import assignment, make_plan
 from configs.schema import JobConfig
 
 
@@ -18,6 +18,8 @@ class Generations:
     members: the nodes that hold ranks, or shall, by rank. number: of the generation that is wanted; agents with an
     older one stop their workers. plan, gather: None and nothing until all members are ready for it. begun_s: when it
     was asked for, monotonic.
+
+    A report costs the same in a fleet of any size: what all of them amount to is kept up with each (`hear`, `forget`).
     """
 
     def __init__(self, config: JobConfig, views: Mapping[str, AgentView], number: int) -> None:
@@ -30,22 +32,61 @@ class Generations:
         self.placement = Placement(config.checkpoint.peer_copies)
         self.reason = "start"
         self.begun_s = 0.0
+        self._places: dict[str, int] = {}
+        self._ready: set[str] = set()
         self._ready_since_s = float("inf")
+        self._assigned: dict[str, Assignment] = {}
+        self._unassigned: Assignment | None = None
+        self._gathers: dict[str, list[Gather]] = {}
 
     def begin(self, members: Sequence[str], reason: str, now_s: float) -> None:
         """Want a new generation, of these nodes."""
-        self.members = tuple(members)
+        self._set_members(members)
         self.number += 1
         self.plan = None
         self.reason = reason
         self.begun_s = now_s
         self._ready_since_s = float("inf")
+        self._ready = set(ready_members(self.members, self.views, self.number))
 
     def resume(self, plan: Plan, gather: Sequence[Gather], members: Sequence[str]) -> None:
         """Take up what a dead supervisor planned last; members: who holds the ranks since its last decision."""
-        self.members = tuple(members)
+        self._set_members(members)
         self.number = plan.generation
         self.gather = tuple(gather)
+
+    def follow(self, plan: Plan) -> None:
+        """This is the plan now."""
+        self.plan = plan
+        self._assigned = {node: assignment(plan, place) for place, node in enumerate(plan.nodes)}
+        self._unassigned = assignment(plan, -1)
+        self._gathers = {}
+        for each in self.gather:
+            self._gathers.setdefault(plan.nodes[each.rank // plan.ranks_per_node], []).append(each)
+
+    def assignment_of(self, node: str) -> Assignment | None:
+        """The plan as this node gets it; None while there is none."""
+        return None if self.plan is None else self._assigned.get(node, self._unassigned)
+
+    def sources_of(self, node: str) -> tuple[Sources, ...]:
+        """What this node must fetch for the plan, and from where."""
+        if self.plan is None or node not in self._gathers:
+            return ()
+        return self.placement.sources(self._gathers[node], node)
+
+    def hear(self, report: AgentReport) -> None:
+        """An agent's newest report, of which `views` knows already."""
+        self.placement.see(report)
+        if report.node in self._places:
+            if report.readiness is not None and report.readiness.ready_for == self.number:
+                self._ready.add(report.node)
+            else:
+                self._ready.discard(report.node)
+
+    def forget(self, node: str) -> None:
+        """A node was evicted."""
+        self.placement.forget(node)
+        self._ready.discard(node)
 
     def falls_behind(self, report: AgentReport) -> bool:
         """Whether an agent knows a newer generation than the journal of a supervisor that died; it is then the last."""
@@ -58,7 +99,7 @@ class Generations:
     @property
     def all_ready(self) -> bool:
         """Whether there are members, and all could start their workers."""
-        return bool(self.members) and len(ready_members(self.members, self.views, self.number)) == len(self.members)
+        return bool(self.members) and len(self._ready) == len(self._places)
 
     def waits_for_spares(self, now_s: float) -> bool:
         """Whether a node without ranks, which may keep the only copy of a shard, still looks through its memory.
@@ -66,7 +107,7 @@ class Generations:
         What it said for an earlier generation is old. It is not waited for any longer than for a heartbeat.
         """
         self._ready_since_s = min(self._ready_since_s, now_s)
-        said = [view.report.readiness for node, view in self.views.items() if node not in self.members]
+        said = [view.report.readiness for node, view in self.views.items() if node not in self._places]
         looking = any(readiness is not None and readiness.ready_for < self.number for readiness in said)
         return looking and now_s - self._ready_since_s <= self.config.health.heartbeat_timeout_s
 
@@ -78,7 +119,7 @@ class Generations:
 
     def runs(self, report: AgentReport) -> bool:
         """Whether a report is about workers of the plan."""
-        return self.plan is not None and report.node in self.members and report.generation == self.plan.generation
+        return self.plan is not None and report.generation == self.plan.generation and report.node in self._places
 
     def finished_after(self) -> int | None:
         """The step after which all members ended this generation well; None if they did not."""
@@ -90,3 +131,8 @@ class Generations:
         """Whether a worker of the plan ended badly."""
         reports = [self.views[node].report for node in self.members if node in self.views]
         return any(report.exits for report in reports if self.runs(report))
+
+    def _set_members(self, members: Sequence[str]) -> None:
+        self.members = tuple(members)
+        self._places = {node: place for place, node in enumerate(self.members)}
+        self._ready = set()

@@ -148,7 +148,8 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
         last that earlier runs speak against."""
         ready, starting = self.with_status(NodeStatus.READY), self.with_status(NodeStatus.STARTING)
         candidates = [*sorted(ready, key=self.doubtful.__contains__), *sorted(starting, key=self.doubtful.__contains__)]
-        return tuple(name for name in candidates if name not in self.order)
+        taken = frozenset(self.order)
+        return tuple(name for name in candidates if name not in taken)
 
     @property
     def doubtful(self) -> frozenset[str]:

@@ -178,6 +178,28 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     ram_generation: int = -1
 
 
+class Assignment(msgspec.Struct, frozen=True, kw_only=True):
+    """A plan as one agent gets it: the node is number `place` of `nodes` nodes, or, with -1, has no ranks in it.
+
+    The other nodes' names are nothing it needs: with them, telling n nodes would take n x n names.
+    """
+
+    generation: int
+    place: int
+    nodes: int
+    ranks_per_node: int
+    store_host: str
+    store_port: int
+    ram_step: int
+    ram_generation: int = -1
+
+    @property
+    def ranks(self) -> range:
+        """The ranks that the node holds."""
+        first = max(self.place, 0) * self.ranks_per_node
+        return range(first, first + self.ranks_per_node) if self.place >= 0 else range(0)
+
+
 class Gather(msgspec.Struct, frozen=True):
     """A shard that a node's rank needs in memory before it starts, and which nodes have it (nearest first)."""
 
@@ -213,7 +235,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order"):
     ack_seq: int
     wish: Wish
     target_generation: int
-    plan: Plan | None
+    plan: Assignment | None
     copy_to: tuple[str, ...] = ()
     keep_for: tuple[int, ...] = ()
     gather: tuple[Sources, ...] = ()
@@ -231,6 +253,8 @@ MAX_MESSAGE_BYTES = 4 << 20
 
 _T = TypeVar("_T")
 _encoder = msgspec.msgpack.Encoder()
+_report_decoder = msgspec.msgpack.Decoder(AgentReport)
+_order_decoder = msgspec.msgpack.Decoder(Order)
 
 
 def encode(message: Message) -> bytes:
@@ -244,7 +268,7 @@ def decode_report(data: bytes) -> AgentReport:
     Raises:
         ValueError: if it is not a well-formed report (msgspec's errors are ValueErrors).
     """
-    return _decode(data, AgentReport)
+    return _decode(data, _report_decoder)
 
 
 def decode_order(data: bytes) -> Order:
@@ -253,10 +277,10 @@ def decode_order(data: bytes) -> Order:
     Raises:
         ValueError: if it is not a well-formed order.
     """
-    return _decode(data, Order)
+    return _decode(data, _order_decoder)
 
 
-def _decode(data: bytes, kind: type[_T]) -> _T:
+def _decode(data: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> _T:
     if len(data) > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
-    return msgspec.msgpack.decode(data, type=kind)
+    return decoder.decode(data)

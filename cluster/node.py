@@ -14,9 +14,8 @@ import msgspec
 
 from cluster.agent import AgentState
 from cluster.collecting import Collector, Worker
-from cluster.messages import HeldInfo, Order, Plan, RankBeat, RankTimes, WorkerExit
+from cluster.messages import Assignment, HeldInfo, Order, RankBeat, RankTimes, WorkerExit
 from cluster.oom import OomWatch
-from cluster.planning import ranks_of
 from cluster.rundir import RunDir
 from cluster.tiers import NodeTiers
 from configs.schema import JobConfig
@@ -39,7 +38,7 @@ class Node:
         self.ram_dir = run_dir.ram_root(config.checkpoint.ram_dir) / node
         self.local_ranks = range(config.cluster.ranks_per_node)
         self.state = AgentState(node, host, self.take_inventory)
-        self.plan: Plan | None = None
+        self.plan: Assignment | None = None
         self.slots = HeartbeatFile(heartbeat_path(self.ram_dir), len(self.local_ranks))
         self.step_times = TimesFile(times_path(self.ram_dir), len(self.local_ranks))
         self.new_steps = NewSteps(self.step_times)
@@ -78,7 +77,7 @@ class Node:
         self.forward_facts()
         return self.tiers.inventory()
 
-    def worker_argument(self, plan: Plan) -> str:
+    def worker_argument(self, plan: Assignment) -> str:
         """What a worker of this plan gets to know, as JSON; first, what its rank lacks is brought into memory."""
         self.plan = plan
         self.oom.begin()
@@ -114,7 +113,7 @@ class Node:
 
     def first_rank(self) -> int:
         """Global rank of local rank 0."""
-        return ranks_of(self.node, self.plan).start
+        return self.plan.ranks.start if self.plan else 0
 
     def beats(self, pids: dict[int, int]) -> Sequence[RankBeat]:
         """Newest heartbeat and process state of every local rank."""

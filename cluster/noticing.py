@@ -6,7 +6,7 @@ Judging is `health`'s; this file keeps what it needs to know since when, and say
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster import suspicions
@@ -19,6 +19,9 @@ from configs.timeouts import derive
 from health.straggler import Stragglers, peer_groups
 from health.verdict import Severity, Verdict
 from health.watchdog import Attention, Progress, lost_nodes
+
+ASKED_AT_ONCE = 1024
+"""Of how many agents the scheduler is asked each time whether they are alive."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,10 @@ class Noticing:
         self.scheduler = scheduler
         self.views = views
         self.expected_since: dict[str, float] = {}
-        self.adopted: frozenset[str] = frozenset()
+        self._unheard: set[str] = set()
+        # In the order of hearing, so that whoever is silent is found at the front.
+        self._heard: dict[str, float] = {}
+        self._looked_at = 0
         self.attention = Attention(now_s, config.health.heartbeat_timeout_s / 2)
         self.watching_since_s = now_s
         self.progress = Progress(0, {}, config.health, now_s)
@@ -80,8 +86,9 @@ class Noticing:
 
     def adopt(self, nodes: Collection[str], now_s: float) -> None:
         """These agents were at work for an earlier supervisor: they owe heartbeats at once."""
-        self.adopted = frozenset(nodes)
+        self._unheard = set(nodes)
         self.expected_since = dict.fromkeys(nodes, now_s)
+        self._heard = dict.fromkeys(nodes, now_s)
 
     def follow(self, plan: Plan, now_s: float) -> None:
         """From now on, this generation's progress is watched."""
@@ -91,7 +98,23 @@ class Noticing:
         self.stragglers = Stragglers(ranks, peer_groups(self.config), self.config.health)
         self.hangs = HangWatch(derive(self.config), ranks)
 
-    def hear(self, report: AgentReport, now_s: float) -> None:
+    @property
+    def waits_for_adopted(self) -> bool:
+        """Whether a node that was taken over has neither spoken yet nor been given up."""
+        return bool(self._unheard)
+
+    def hear(self, node: str, now_s: float) -> None:
+        """An agent spoke."""
+        self._heard.pop(node, None)
+        self._heard[node] = now_s
+        self._unheard.discard(node)
+
+    def forget(self, node: str) -> None:
+        """A node was evicted: it owes nothing any more."""
+        self._heard.pop(node, None)
+        self._unheard.discard(node)
+
+    def hear_workers(self, report: AgentReport, now_s: float) -> None:
         """What a member of the current generation says of its workers."""
         self.progress.feed(now_s, report.node, report.beats)
         for each in report.times:
@@ -102,16 +125,34 @@ class Noticing:
         self.watching_since_s = self.attention.tick(now_s)
 
     def silent(self, handles: Mapping[str, str], evicted: Collection[str], now_s: float) -> list[Suspicion]:
-        """Nodes whose agent is gone, or has not been heard of for too long."""
-        present = {node: handle for node, handle in handles.items() if node not in evicted}
-        gone = [node for node, handle in present.items() if not self.scheduler.alive(handle)]
+        """Nodes whose agent is gone, or has not been heard of for too long.
+
+        A node that is still starting owes no heartbeat; one that was taken over does.
+        """
+        gone = [
+            node for node in self._next_few(handles) if node not in evicted and not self.scheduler.alive(handles[node])
+        ]
         verdicts = [self._agent_gone(node) for node in gone]
-        # A node that is still starting owes no heartbeat; one that was taken over does.
-        owing = [node for node in present if node not in gone and (node in self.views or node in self.adopted)]
-        heard = {node: self._heard_at(node) for node in owing}
         step = self.progress.newest_step
-        verdicts += lost_nodes(now_s, heard, self.config.health, step, self.watching_since_s)
+        timeout_s = self.config.health.heartbeat_timeout_s
+        overdue = {}
+        if now_s - self.watching_since_s > timeout_s:
+            for node, heard_s in self._heard.items():
+                if now_s - heard_s <= timeout_s:
+                    break
+                if node in handles and node not in gone:
+                    overdue[node] = heard_s
+        verdicts += lost_nodes(now_s, overdue, self.config.health, step, self.watching_since_s)
         return [Suspicion(each, time.time() - (now_s - self._heard_at(each.node))) for each in verdicts]
+
+    def _next_few(self, handles: Mapping[str, str]) -> Sequence[str]:
+        """All nodes, or the next ones of a fleet so large that asking for all of them would take too long."""
+        names = list(handles)
+        if len(names) <= ASKED_AT_ONCE:
+            return names
+        start = self._looked_at % len(names)
+        self._looked_at = start + ASKED_AT_ONCE
+        return [*names[start : start + ASKED_AT_ONCE], *names[: max(0, start + ASKED_AT_ONCE - len(names))]]
 
     def missing(self, members: Sequence[str], generation: int, since_s: float, now_s: float) -> list[Suspicion]:
         """Members that did not get ready for the generation in time; since_s: when they were asked to."""
@@ -129,14 +170,15 @@ class Noticing:
             return []
         return [Suspicion(hang.verdict, time.time() - (now_s - self.progress.last_advance_s), hang.files)]
 
-    def slow(self, may_replace: bool) -> list[Suspicion]:
-        """What became slow in the steps that were told of since the last call. may_replace: there is a spare."""
-        return [Suspicion(verdict, time.time()) for verdict in self.stragglers.judge(may_replace)]
+    def slow(self, may_replace: Callable[[], bool]) -> list[Suspicion]:
+        """What became slow in the steps told of since the last call. may_replace: whether there is a spare."""
+        if not self.stragglers.due:
+            return []
+        return [Suspicion(verdict, time.time()) for verdict in self.stragglers.judge(may_replace())]
 
     def _agent_gone(self, node: str) -> Verdict:
         words = self.scheduler.last_words(node) if node not in self.views else ()
         return suspicions.agent_gone(node, self.progress.newest_step, words)
 
     def _heard_at(self, node: str) -> float:
-        view = self.views.get(node)
-        return view.heard_at_s if view else self.expected_since[node]
+        return self._heard[node] if node in self._heard else self.expected_since[node]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from cluster.fleet import AgentView, common_snapshot, gatherings
 from cluster.jobstate import JobState
-from cluster.messages import Gather, Plan
+from cluster.messages import Assignment, Gather, Plan
 
 
 def make_plan(
@@ -33,9 +33,15 @@ def make_plan(
     return plan, gatherings(members, ranks_per_node, views, snapshot) if snapshot[1] >= 0 else ()
 
 
-def ranks_of(node: str, plan: Plan | None) -> range:
-    """The ranks that a plan gives to a node."""
-    if plan is None or node not in plan.nodes:
-        return range(0)
-    first = plan.nodes.index(node) * plan.ranks_per_node
-    return range(first, first + plan.ranks_per_node)
+def assignment(plan: Plan, place: int) -> Assignment:
+    """The plan for the node at this place in it; -1: for one that has none."""
+    return Assignment(
+        generation=plan.generation,
+        place=place,
+        nodes=len(plan.nodes),
+        ranks_per_node=plan.ranks_per_node,
+        store_host=plan.store_host,
+        store_port=plan.store_port,
+        ram_step=plan.ram_step,
+        ram_generation=plan.ram_generation,
+    )

@@ -127,9 +127,9 @@ def _ready(state: JobState, event: NodeReady) -> JobState:
 
 
 def _planned(state: JobState, event: GenerationPlanned) -> JobState:
-    nodes = dict(state.nodes)
+    nodes, planned = dict(state.nodes), frozenset(event.nodes)
     for name, node in state.nodes.items():
-        if node.status is NodeStatus.ACTIVE and name not in event.nodes:
+        if node.status is NodeStatus.ACTIVE and name not in planned:
             nodes[name] = msgspec.structs.replace(node, status=NodeStatus.READY)
     for name in event.nodes:
         node = nodes.get(name, NodeState(status=NodeStatus.ACTIVE))

@@ -26,7 +26,6 @@ from cluster.jobstate import JobState
 from cluster.journal import Journal
 from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
 from cluster.noticing import Noticing, OpenIncident, Suspicion
-from cluster.planning import ranks_of
 from cluster.policy import decide, leftover
 from cluster.policy_numbers import Rollback
 from cluster.rundir import RunDir
@@ -42,6 +41,8 @@ from trainer.exits import ExitCode
 
 _TICK_S = 0.05
 _ECHO_S = 0.15
+# Looked through the fleet for, when one of these may have changed it, and not with each report.
+_EVICTING = (events.RunStarted, events.NodeReadmitted, events.NodeEvicted, events.ActionTaken, events.GenerationPlanned)
 _Event = TypeVar("_Event", bound=events.AnyEvent)
 
 logger = logging.getLogger("everstep.supervisor")
@@ -83,6 +84,7 @@ class Supervisor:
         self.stop_reason = ""
         self.leave_by_s = float("inf")
         self.interrupts = 0
+        self.evicted = frozenset(state.evicted)
 
     # The loop -----------------------------------------------------------------------------------------------------
 
@@ -125,32 +127,35 @@ class Supervisor:
     def take(self, report: AgentReport) -> None:
         """Fold one agent's report into what is known, and answer it."""
         if report.node not in self.handles:
-            if report.node in self.state.evicted:  # by the supervisor before this one
+            if report.node in self.evicted:  # by the supervisor before this one
                 self.send_order(report.node)
             return
-        known = self.views.get(report.node)
-        if report.node not in self.state.evicted:
+        known, now_s = self.views.get(report.node), time.monotonic()
+        if report.node not in self.evicted:
             if self.generations.falls_behind(report):
                 self.next_generation(self.generations.members, "agents knew a newer generation than the journal")
             if report.notice:
                 self._told_to_leave(report)
-        if report.node in self.state.evicted:
+        if report.node in self.evicted:
             # Its last words may come after its end: facts are true, but nothing it holds or keeps counts any more.
             self._take_facts(report)
             self.send_order(report.node)
             return
         self._take_verdicts(report)
-        if report.node in self.state.evicted:
+        if report.node in self.evicted:
             return
-        self.views[report.node] = AgentView(report, time.monotonic())
+        self.views[report.node] = AgentView(report, now_s)
+        self.noticing.hear(report.node, now_s)
+        self.generations.hear(report)
         self.doctor.take(report)
-        self.generations.placement.update(self.generations.members, self.views)
+        if self.generations.plan is not None and not self.noticing.waits_for_adopted:
+            self.generations.placement.update(self.generations.members)
         if report.readiness is not None and (known is None or known.report.readiness is None) and not report.generation:
             self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid, hardware=report.hardware)
         self._take_facts(report)
         if self.generations.runs(report):
             self._take_exits(report)
-            self.noticing.hear(report, time.monotonic())
+            self.noticing.hear_workers(report, now_s)
             if report.status is AgentStatus.FINISHED and (known is None or known.report.status != report.status):
                 self.emit(
                     events.NodeFinished, node=report.node, generation=report.generation, step=report.finished_step
@@ -165,7 +170,7 @@ class Supervisor:
                     self._judge_skip(fact)
                 case FactKind.NUMBERS_ODD | FactKind.ROLLBACK_WANTED:
                     self._judge_numbers(fact)
-                case FactKind.CORRUPTION_FOUND if report.node not in self.state.evicted:
+                case FactKind.CORRUPTION_FOUND if report.node not in self.evicted:
                     self.accuse(Suspicion(suspicions.corruption(fact), fact.t_wall_s))
 
     def _told_to_leave(self, report: AgentReport) -> None:
@@ -239,8 +244,10 @@ class Supervisor:
     def send_order(self, node: str) -> None:
         """Tell a node the whole of what is wanted of it."""
         view, wanted = self.views.get(node), self.generations
-        gone = node in self.state.evicted
-        if self._waits_for_adopted() and not gone and self.wish is Wish.RUN:
+        gone = node in self.evicted
+        # Until all that were taken over have spoken or been given up, not all addresses of those who have or keep
+        # copies are known, and no order is better than one that leaves some out: agents go on with their last one.
+        if self.noticing.waits_for_adopted and not gone and self.wish is Wish.RUN:
             return
         self.socket.send(
             node,
@@ -248,10 +255,10 @@ class Supervisor:
                 ack_seq=view.report.seq if view else 0,
                 wish=Wish.SHUT_DOWN if gone else self.wish,
                 target_generation=wanted.number,
-                plan=wanted.plan,
+                plan=wanted.assignment_of(node),
                 copy_to=wanted.placement.copy_to(node),
                 keep_for=wanted.placement.keep_for(node, self.config.cluster.ranks_per_node),
-                gather=wanted.placement.sources(wanted.gather, node, ranks_of(node, wanted.plan)),
+                gather=wanted.sources_of(node),
                 rejected=self.state.rejected,
                 collect=self.noticing.collect,
                 measure=self.doctor.order_for(node),
@@ -262,17 +269,9 @@ class Supervisor:
             ),
         )
 
-    def _waits_for_adopted(self) -> bool:
-        """Whether a node that was taken over has neither spoken yet nor been given up.
-
-        Until then the addresses of those who have or keep copies are not all known, and no order is better than one
-        that leaves some out: agents go on with their last one.
-        """
-        return any(node not in self.views and node not in self.state.evicted for node in self.noticing.adopted)
-
     def broadcast(self) -> None:
         """Send everybody its order now, without waiting for the next report."""
-        self.generations.placement.update(self.generations.members, self.views)
+        self.generations.placement.update(self.generations.members)
         for node in self.views:
             self.send_order(node)
 
@@ -289,7 +288,7 @@ class Supervisor:
         self.noticing.look(now)
         if self.wish is not Wish.RUN or (self.incident is not None and self.incident.about_nodes):
             return
-        for suspicion in self.noticing.silent(self.handles, self.state.evicted, now):
+        for suspicion in self.noticing.silent(self.handles, self.evicted, now):
             node = suspicion.verdict.node
             if node in self.generations.members or not self.generations.members:
                 self.suspect(suspicion)
@@ -310,7 +309,7 @@ class Supervisor:
             self.suspect(suspicion)
         if self.noticing.collect != asked:
             self.broadcast()
-        for suspicion in self.noticing.slow(may_replace=bool(self.state.spares)):
+        for suspicion in self.noticing.slow(lambda: bool(self.state.spares)):
             self.accuse(suspicion)
 
     # Acting -------------------------------------------------------------------------------------------------------
@@ -345,7 +344,7 @@ class Supervisor:
     def examine(self, now: float) -> None:
         """Hold nodes against each other before they get ranks, and go on with an examination of the network."""
         step = self.noticing.progress.newest_step
-        changed, found = self.doctor.tick(self.views, self.state.evicted, now, time.time(), step)
+        changed, found = self.doctor.tick(self.views, self.evicted, now, time.time(), step)
         if self.generations.plan is None and self.generations.all_ready:
             found = [*found, *self.doctor.misfits(self.views)]
         for verdict in found:
@@ -386,6 +385,8 @@ class Supervisor:
         if node in self.handles:
             self.scheduler.kill(node, self.handles[node])
         self.views.pop(node, None)
+        self.noticing.forget(node)
+        self.generations.forget(node)
 
     def _report(self, root: Verdict) -> None:
         """Tell the owner of the machines of a bad one. A node that is wanted elsewhere is not bad."""
@@ -408,7 +409,7 @@ class Supervisor:
             self._choose_first_members()
             return
         wanted = self.generations
-        if not wanted.all_ready or self._waits_for_adopted() or wanted.waits_for_spares(time.monotonic()):
+        if not wanted.all_ready or self.noticing.waits_for_adopted or wanted.waits_for_spares(time.monotonic()):
             return
         plan = wanted.make(self.state)
         self.emit(
@@ -427,11 +428,11 @@ class Supervisor:
         self.broadcast()
 
     def _follow(self, plan: Plan) -> None:
-        self.generations.plan = plan
+        self.generations.follow(plan)
         self.noticing.follow(plan, time.monotonic())
 
     def _choose_first_members(self) -> None:
-        usable = [n for n in self.handles if n not in self.state.evicted]
+        usable = [n for n in self.handles if n not in self.evicted]
         if len(usable) < self.config.cluster.nodes:
             self._end(too_few(len(usable), self.config.cluster.nodes))
             return
@@ -496,5 +497,7 @@ class Supervisor:
             logger.warning("the journal waits in memory until there is room: %s", problem)
         self.journal_waits = problem is not None
         self.state = apply(self.state, event)
+        if isinstance(event, _EVICTING):
+            self.evicted = frozenset(self.state.evicted)
         self.watcher.on_event(event)
         return event

@@ -22,8 +22,7 @@ from checkpointing.transfer_probe import PROBE_REF, make_probe, measure
 from checkpointing.transfer_server import TransferServer
 from cluster.agent import AgentState
 from cluster.measuring import Measurer
-from cluster.messages import HeldInfo, Order, PeerAt, Plan
-from cluster.planning import ranks_of
+from cluster.messages import Assignment, HeldInfo, Order, PeerAt
 from cluster.rundir import RunDir
 from configs.schema import JobConfig
 from health.network import Way
@@ -133,10 +132,10 @@ class NodeTiers:
             if plan.ram_step >= 0:
                 self.copies.go_on_from(base, plan.generation)
 
-    def begin(self, plan: Plan, order: Order) -> None:
+    def begin(self, plan: Assignment, order: Order) -> None:
         """Before the plan's workers start: bring into memory what they lack, and see to this node's part of uploads."""
         self.generation = plan.generation
-        ranks = ranks_of(self.node, plan)
+        ranks = plan.ranks
         if self.uploads is not None:
             steps, world_size = self.config.training.steps, self.config.world_size
             self.uploads.serve(ranks, plan.generation, world_size, steps)

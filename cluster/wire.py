@@ -19,6 +19,10 @@ from cluster.keys import JobKeys
 from cluster.messages import MAX_MESSAGE_BYTES, AgentReport, Order, decode_order, decode_report, encode
 from cluster.rundir import Endpoint
 
+_LISTEN_S = 0.05
+_COMPLAIN_S = 1.0
+_BACKLOG = 4096
+
 logger = logging.getLogger("everstep.wire")
 
 
@@ -42,6 +46,9 @@ class SupervisorSocket:
         self._auth = zmq.auth.thread.ThreadAuthenticator(self._context)
         self._socket = self._context.socket(zmq.ROUTER)
         self._identities: dict[str, bytes] = {}
+        self._speakers: dict[bytes, str] = {}
+        self._refusals = 0
+        self._complained_s = float("-inf")
 
     def bind(self, port: int | None = None) -> int:
         """Listen, on a free port unless one is given; returns the port."""
@@ -53,27 +60,61 @@ class SupervisorSocket:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.LINGER, 500)
+        # All agents of a job connect at once when a supervisor takes over.
+        self._socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         if port is None:
             return self._socket.bind_to_random_port(f"tcp://{self.host}")
         self._socket.bind(f"tcp://{self.host}:{port}")
         return port
 
     def receive(self, timeout_s: float) -> Iterator[AgentReport]:
-        """Yield all reports that are there, waiting at most timeout_s for the first; malformed ones are refused."""
+        """Yield the reports that are there, waiting at most timeout_s for the first; malformed ones are refused.
+
+        Where they come faster than they are taken, it ends after a while all the same: there is more to do than listen.
+        """
         if not self._socket.poll(max(0, int(timeout_s * 1000))):
             return
-        while True:
+        until_s = time.monotonic() + _LISTEN_S
+        while time.monotonic() < until_s:
             try:
-                identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
+                identity = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            try:
-                report = decode_report(b"".join(parts))
-            except ValueError:
-                logger.warning("refused a malformed message of %d bytes", sum(len(part) for part in parts))
+            data = self._socket.recv()
+            if self._socket.rcvmore:
+                self._drop_parts()
+                self._refused("a message in parts", len(data))
                 continue
-            self._identities[report.node] = identity
+            try:
+                report = decode_report(data)
+            except ValueError:
+                self._refused("a malformed message", len(data))
+                continue
+            if self._speakers.setdefault(identity, report.node) != report.node:
+                self._refused(f"a message of {self._speakers[identity]} that says to be {report.node}", len(data))
+                continue
+            if self._identities.get(report.node) != identity:
+                self._forget(report.node)
+                self._identities[report.node] = identity
             yield report
+
+    def _drop_parts(self) -> None:
+        while self._socket.rcvmore:
+            self._socket.recv()
+
+    def _forget(self, node: str) -> None:
+        """The node has connected anew: nothing comes over its old connection any more."""
+        former = self._identities.get(node)
+        if former is not None:
+            self._speakers.pop(former, None)
+
+    def _refused(self, what: str, size_bytes: int) -> None:
+        """Say it once in a while: whoever sends such messages may send many."""
+        self._refusals += 1
+        now_s = time.monotonic()
+        if now_s - self._complained_s >= _COMPLAIN_S:
+            self._complained_s = now_s
+            logger.warning("refused %s (%d bytes); refused so far: %d", what, size_bytes, self._refusals)
 
     def send(self, node: str, order: Order) -> None:
         """Send to a node if it ever spoke; one that is gone is dropped by ZeroMQ."""

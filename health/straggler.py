@@ -122,6 +122,14 @@ class Stragglers:
                 if times.step > self._judged:
                     self._waiting.setdefault(times.step, {})[rank] = times
 
+    @property
+    def due(self) -> bool:
+        """Whether there is a step to judge; quick, since it is asked many times a second."""
+        return bool(self._waiting) and (
+            len(self._waiting[min(self._waiting)]) >= len(self._ranks)
+            or min(self._waiting) + _WINDOW_STEPS <= max(self._waiting)
+        )
+
     def judge(self, may_replace: bool) -> list[Verdict]:
         """What is new about the steps that all ranks have told (or will not: some rank is 16 steps further).
 

@@ -5,7 +5,6 @@ No other machine's clock is ever read: a beat counts from the moment its message
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -105,40 +104,55 @@ class Standing:
 class _Rank:
     """What is known of one rank: its latest beat, when it last advanced, and how it stands."""
 
+    __slots__ = (
+        "advanced_s",
+        "beat",
+        "finished_steps",
+        "node",
+        "recent_step_s",
+        "slowest_s",
+        "state",
+        "stopped_since_s",
+    )
+
     def __init__(self, node: str, now_s: float) -> None:
         self.node = node
         self.beat: Beat | None = None
         self.state = ""
         self.stopped_since_s: float | None = None
         self.advanced_s = now_s
-        self.recent_step_s: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.recent_step_s: list[float] = []
+        self.slowest_s = 0.0
         self.finished_steps = 0
 
     @property
     def position(self) -> tuple[int, int]:
         return (-1, -1) if self.beat is None else (self.beat.step, int(self.beat.phase))
 
-    def see(self, now_s: float, beat: Beat | None, state: str) -> None:
-        finished = self.beat is not None and self.beat.phase is Phase.FINISHED
-        self.state = "" if finished else state
+    def see(self, now_s: float, beat: Beat | None, state: str) -> bool:
+        """Whether the rank has advanced."""
+        before = self.beat
+        self.state = "" if before is not None and before.phase is Phase.FINISHED else state
         if self.state and self.state in _STOPPED_STATES:
             self.stopped_since_s = now_s if self.stopped_since_s is None else self.stopped_since_s
         else:
             self.stopped_since_s = None
-        before = self.beat
-        if beat is None or (before is not None and _mark(beat) == _mark(before)):
-            return
+        if beat is None or (before is not None and _stands(before, beat)):
+            return False
         self.beat = beat
         self.advanced_s = now_s
         if beat.last_step_s > 0 and (before is None or beat.last_step_s != before.last_step_s):
             self._record(beat.last_step_s)
+        return True
 
     def _record(self, step_s: float) -> None:
         self.finished_steps += 1
+        recent = self.recent_step_s
         # Compilation and first allocations make a generation's first step slow: it must not set the bound for long.
-        if self.finished_steps == 5 and len(self.recent_step_s) > 1:
-            self.recent_step_s.popleft()
-        self.recent_step_s.append(step_s)
+        if len(recent) == RECENT_STEPS or (self.finished_steps == 5 and len(recent) > 1):
+            recent.pop(0)
+        recent.append(step_s)
+        self.slowest_s = max(recent)
 
 
 class Progress:
@@ -151,30 +165,43 @@ class Progress:
         self.generation = generation
         self._config = config
         self._ranks = {rank: _Rank(ranks[rank], now_s) for rank in sorted(ranks)}
+        # In the order of hearing: whoever is silent is found at the front.
         self._heard_s = dict.fromkeys(ranks.values(), now_s)
+        self._stopped: dict[int, float] = {}
+        self._newest_step = -1
+        self._last_advance_s = now_s if ranks else 0.0
+        self._slowest_s: float | None = None
         self._attention = Attention(now_s, config.heartbeat_timeout_s)
 
     def feed(self, now_s: float, node: str, beats: Iterable[RankSeen]) -> None:
         """Take in one agent's message, which arrived now."""
         if node not in self._heard_s:
             return
+        del self._heard_s[node]
         self._heard_s[node] = now_s
         for seen in beats:
             rank = self._ranks.get(seen.rank)
             if rank is None or rank.node != node:
                 continue
-            fresh = seen.beat is not None and seen.beat.generation == self.generation
-            rank.see(now_s, seen.beat if fresh else None, seen.process_state)
+            beat = seen.beat if seen.beat is not None and seen.beat.generation == self.generation else None
+            if rank.see(now_s, beat, seen.process_state) and beat is not None:
+                self._last_advance_s = max(self._last_advance_s, now_s)
+                self._newest_step = max(self._newest_step, beat.step)
+                self._slowest_s = None
+            if rank.stopped_since_s is not None:
+                self._stopped[seen.rank] = rank.stopped_since_s
+            elif self._stopped:
+                self._stopped.pop(seen.rank, None)
 
     @property
     def newest_step(self) -> int:
-        """The step that the foremost rank is in; -1 before the first beat."""
-        return max((rank.position[0] for rank in self._ranks.values()), default=-1)
+        """The newest step that any rank was in; -1 before the first beat."""
+        return self._newest_step
 
     @property
     def last_advance_s(self) -> float:
         """When any rank was last seen to advance."""
-        return max((rank.advanced_s for rank in self._ranks.values()), default=0.0)
+        return self._last_advance_s
 
     def bound_s(self) -> float:
         """How long the ranks may stand still now."""
@@ -195,9 +222,11 @@ class Progress:
         config = self._config
         since_s = self._attention.tick(now_s)
         hushed_s = min(config.heartbeat_timeout_s, SILENT_INTERVALS * config.heartbeat_interval_s)
-        if any(now_s - heard_s > hushed_s for heard_s in self._heard_s.values()):
+        if now_s - next(iter(self._heard_s.values()), now_s) > hushed_s:
             return None
         still_s = now_s - max(self.last_advance_s, since_s)
+        if still_s <= min(config.hang_floor_s, config.startup_timeout_s) + config.heartbeat_interval_s:
+            return None  # no bound is shorter, and this is asked many times a second
         bound_s, derived = self._derive_bound(now_s)
         if not self._ranks or still_s <= bound_s + config.heartbeat_interval_s:
             return None
@@ -242,12 +271,13 @@ class Progress:
         return lines
 
     def _recent(self) -> list[float]:
-        """The slowest recent step of each rank: as many as there are ranks, so none is cut off by the window."""
-        slowest = [max(rank.recent_step_s) for rank in self._ranks.values() if rank.recent_step_s]
-        return [max(slowest)] if slowest else []
+        """The slowest recent step of all ranks; none before the first."""
+        if self._slowest_s is None:
+            self._slowest_s = max((rank.slowest_s for rank in self._ranks.values()), default=0.0)
+        return [self._slowest_s] if self._slowest_s else []
 
     def _started(self) -> bool:
-        return any(rank.recent_step_s for rank in self._ranks.values())
+        return bool(self._recent())
 
     def _derive_bound(self, now_s: float) -> tuple[float, str]:
         config, recent = self._config, self._recent()
@@ -258,8 +288,8 @@ class Progress:
         everyone = self._ranks.values()
         if everyone and all(rank.beat is not None and rank.beat.phase is Phase.FINISHED for rank in everyone):
             return config.startup_timeout_s, "health.startup_timeout_s, all ranks have finished but do not leave"
-        stopped = [rank.stopped_since_s for rank in everyone if rank.stopped_since_s is not None]
-        if stopped and now_s - min(stopped) > config.hang_floor_s and config.hang_floor_s < bound_s:
+        stopped_s = min(self._stopped.values(), default=now_s)
+        if now_s - stopped_s > config.hang_floor_s and config.hang_floor_s < bound_s:
             return config.hang_floor_s, "health.hang_floor_s, a process is stopped or dead"
         return bound_s, derived
 
@@ -277,9 +307,9 @@ class Progress:
         return [], "all ranks wait"
 
 
-def _mark(beat: Beat) -> tuple[float, ...]:
-    """What must change for a rank to have advanced. Outside the step (building, loading, a long save) any new beat is
-    an advance; inside, only another step or phase is."""
-    if beat.phase in _STEP_PHASES:
-        return (beat.step, int(beat.phase))
-    return (beat.step, int(beat.phase), beat.monotonic_s)
+def _stands(before: Beat, beat: Beat) -> bool:
+    """Whether a rank has not advanced. Outside the step (building, loading, a long save) any new beat is an advance;
+    inside, only another step or phase is."""
+    if before.step != beat.step or before.phase is not beat.phase:
+        return False
+    return beat.phase in _STEP_PHASES or before.monotonic_s == beat.monotonic_s

@@ -145,14 +145,17 @@ def test_orders_name_addresses_and_forget_the_dead() -> None:
     """A keeper that is gone is replaced in the next order; what it had is no longer offered."""
     views = {name: view(name, [], address=f"{name}:1") for name in ("a", "b", "c")}
     placement = Placement(1)
-    placement.update(["a", "b"], views)
+    for each in views.values():
+        placement.see(each.report)
+    placement.update(["a", "b"])
     assert (placement.copy_to("a"), placement.copy_to("b"), placement.copy_to("c")) == (("b:1",), ("c:1",), ())
     assert [placement.keep_for(node, 2) for node in ("a", "b", "c")] == [(), (0, 1), (2, 3)]
-    assert placement.sources((Gather(1, ("c", "a")),), "a", range(2))[0].addresses == ("c:1",)
-    del views["c"]
-    placement.update(["a", "b"], views)
+    assert placement.sources((Gather(1, ("c", "a")),), "a")[0].addresses == ("c:1",)
+    placement.forget("c")
+    assert placement.copy_to("b") == (), "not even before copies are placed anew"
+    placement.update(["a", "b"])
     assert placement.copy_to("b") == ("a:1",)
-    assert placement.sources((Gather(1, ("c", "a")),), "a", range(2))[0].addresses == ()
+    assert placement.sources((Gather(1, ("c", "a")),), "a")[0].addresses == ()
 
 
 def test_an_answer_for_an_older_generation_is_stale() -> None:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from cluster.keys import make_transfer_key
-from cluster.messages import Plan
+from cluster.messages import Assignment
 from cluster.node import Node
 from cluster.rundir import RunDir
 from configs.load import load_job
@@ -43,8 +43,8 @@ def test_a_worker_is_judged_by_its_own_words(node: Node) -> None:
     """Promise: what the last generation's worker wrote into the same log says nothing about this one's end."""
     log = rank_log(node.run_dir.path, "node0", 0)
     log.write_text("CUDA error: uncorrectable ECC error encountered\n")
-    plan = Plan(
-        generation=2, nodes=("node0", "node1"), ranks_per_node=2, store_host="127.0.0.1", store_port=1, ram_step=-1
+    plan = Assignment(
+        generation=2, place=0, nodes=2, ranks_per_node=2, store_host="127.0.0.1", store_port=1, ram_step=-1
     )  # fmt: skip
     node.worker_argument(plan)
     assert node.worker_exit(0, None, signal.SIGSEGV).log_tail == ()
