@@ -14,15 +14,15 @@ LOOPBACK = "127.0.0.1"
 def own_address(cluster: ClusterConfig, host_name: str) -> str:
     """The IPv4 address of the interface that the configuration names, else the one that host_name leads to.
 
-    On `local` all nodes are on this machine and nobody else shall reach them.
+    On `local`, unless an interface is named, all nodes are on this machine and nobody else shall reach them.
 
     Raises:
         ValueError: if there is no such interface, it has no address, or the name leads nowhere or to this host only.
     """
-    if cluster.backend == "local":
-        return LOOPBACK
     if cluster.interface:
         return _of_interface(cluster.interface)
+    if cluster.backend == "local":
+        return LOOPBACK
     try:
         found = socket.gethostbyname(host_name)
     except OSError as error:

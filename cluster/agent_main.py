@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.addresses import interface_of, own_address
+from cluster.addresses import LOOPBACK, interface_of, own_address
 from cluster.gpu_devices import split_visible
 from cluster.gpus import GpuWatch, Place
 from cluster.keys import read_keys
@@ -83,7 +83,7 @@ def main() -> int:
     # Before torch elastic starts workers it has no handler of its own: end as it would, through `finally`.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     host = own_address(config.cluster, socket.gethostname())
-    if config.cluster.backend != "local":
+    if host != LOOPBACK:
         _bind_collectives(interface_of(host))
     _warm_up(run_dir.semaphore_prefix(name))
     node = Node(run_dir, config, name, host)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -25,10 +25,14 @@ logger = logging.getLogger("everstep.local")
 
 
 class LocalScheduler:
-    """See `cluster.scheduler.Scheduler`. A handle is `pid:start time`, so that a recycled pid is never mistaken."""
+    """See `cluster.scheduler.Scheduler`. A handle is `pid:start time`, so that a recycled pid is never mistaken.
 
-    def __init__(self, run_dir: RunDir, ram_dir: str) -> None:
+    wrap: what a node's agent is started by, a command that becomes it (`nsenter`, say); by default nothing.
+    """
+
+    def __init__(self, run_dir: RunDir, ram_dir: str, wrap: Callable[[str], Sequence[str]] = lambda node: ()) -> None:
         self.run_dir = run_dir
+        self.wrap = wrap
         self.ram_root = run_dir.ram_root(ram_dir)
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -42,7 +46,7 @@ class LocalScheduler:
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / "agent.log").open("ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "cluster.agent_main", str(self.run_dir.path), node],
+                [*self.wrap(node), sys.executable, "-m", "cluster.agent_main", str(self.run_dir.path), node],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -35,6 +35,7 @@ class Job:
         self.output = home / f"{name}.out"
         self.environment: dict[str, str] = {}
         self.launcher: tuple[str, ...] = ()
+        self.module = "cluster.cli"
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -46,7 +47,7 @@ class Job:
         """Start `everstep run` in the background."""
         with self.output.open("ab") as out:
             self.process = subprocess.Popen(
-                [*self.launcher, sys.executable, "-m", "cluster.cli", *self.arguments, *more],
+                [*self.launcher, sys.executable, "-m", self.module, *self.arguments, *more],
                 cwd=self.home,
                 stdout=out,
                 stderr=out,
