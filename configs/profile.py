@@ -15,7 +15,7 @@ from configs.errors import ConfigError, Problem
 from configs.schema import NonNegative, Positive, Section
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_LINE = re.compile(r"[^\x00-\x1f\x7f]*")
+_LINE = re.compile(r"[^\x00-\x1f\x7f\x85\u2028\u2029]*")
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 _TIME_LIMIT = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}|\d+")
 _OPTION = re.compile(r"--[a-z][a-z0-9-]*(=.*)?")

@@ -26,6 +26,7 @@ def facts(job: Job) -> list[str]:
     return [event.fact.kind.value for event in job.events() if isinstance(event, WorkersReported)]
 
 
+@pytest.mark.long
 def test_a_lost_run_directory_is_brought_back_from_the_bucket(make_job: MakeJob, s3: S3Server) -> None:
     """Promise: with all snapshots of the run directory gone the same command goes on from the bucket, bit for bit."""
     undisturbed = make_job("bucket-undisturbed", ("--cluster.spares", "0")).start()

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.chaos
 SMALL = ("--checkpoint.persist_interval_steps", "2", "--checkpoint.keep_last", "10", "--cluster.spares", "0")
 
 
+@pytest.mark.long
 def test_the_newest_whole_snapshot_is_used(make_job: MakeJob) -> None:
     """Promise: a flipped byte, a missing shard, a truncated manifest and a torn write are each refused by name."""
     job = make_job("damaged", SMALL).start("--training.steps", "10")

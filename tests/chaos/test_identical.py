@@ -51,7 +51,9 @@ def do_faults(job: Job, dice: random.Random) -> None:
     job.start()
 
 
-@pytest.mark.parametrize("layout", ["fsdp2-tp2", pytest.param("pp2-fsdp2", marks=pytest.mark.long), "moe-ep2"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[] if name == "moe-ep2" else [pytest.mark.long]) for name in LAYOUTS]
+)
 def test_every_fault_leaves_the_run_as_it_would_have_been(layout: str, make_job: MakeJob, dice: random.Random) -> None:
     """Promise: a killed worker, a hang, a lost node and a stop change nothing of what the run becomes."""
     undisturbed = make_job(f"{layout}-undisturbed", LAYOUTS[layout]).start()

@@ -22,6 +22,7 @@ OTHER = {
 TOLERANCE = 2e-4
 
 
+@pytest.mark.long
 def test_a_resume_on_another_layout_continues_the_run(make_job: MakeJob) -> None:
     """Promise: 4 ranks to 2, FSDP to TP, FSDP x TP to PP and back to FSDP: losses go on within float tolerance."""
     start = make_job("layout", BASE).start("--training.steps", "6")

@@ -13,6 +13,7 @@ from tests.chaos.conftest import MakeJob
 pytestmark = pytest.mark.chaos
 
 
+@pytest.mark.long
 def test_a_node_killed_while_its_workers_start_leaves_no_semaphores(make_job: MakeJob) -> None:
     """Promise: names that only live until every worker has begun are removed also if that never came."""
     job = make_job("semaphores", ("--training.steps", "4")).start()

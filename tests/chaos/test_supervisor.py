@@ -49,6 +49,7 @@ def test_silence_alone_is_noticed(make_job: MakeJob) -> None:
     assert "no heartbeat" in job.said()
 
 
+@pytest.mark.long
 def test_everything_killed_goes_on_with_the_same_command(make_job: MakeJob) -> None:
     """Promise: SIGKILL of every process of the job, as a reboot does, costs no more than the steps not yet on disk."""
     job = make_job("rebooted", ("--training.steps", "10")).start()
