@@ -17,7 +17,7 @@ from cluster.scheduler import Scheduler
 from configs.schema import JobConfig
 from configs.timeouts import derive
 from health.straggler import Stragglers, peer_groups
-from health.verdict import Severity, Verdict
+from health.verdict import Verdict
 from health.watchdog import Attention, Progress, lost_nodes
 
 ASKED_AT_ONCE = 1024
@@ -31,27 +31,6 @@ class Suspicion:
     verdict: Verdict
     failed_wall_s: float
     files: Mapping[str, bytes] = field(default_factory=dict)
-
-
-class OpenIncident:
-    """Suspicions that arrived together, not yet acted on."""
-
-    def __init__(self, opened_at_s: float, failed_wall_s: float) -> None:
-        self.opened_at_s = opened_at_s
-        self.failed_wall_s = failed_wall_s
-        self.verdicts: list[Verdict] = []
-        self.files: dict[str, bytes] = {}
-
-    def add(self, suspicion: Suspicion) -> None:
-        """Take in one more."""
-        self.verdicts.append(suspicion.verdict)
-        self.failed_wall_s = min(self.failed_wall_s, suspicion.failed_wall_s)
-        self.files.update(suspicion.files)
-
-    @property
-    def about_nodes(self) -> bool:
-        """Whether a whole node is accused already."""
-        return any(verdict.severity is Severity.NODE for verdict in self.verdicts)
 
 
 class Noticing:

@@ -15,18 +15,16 @@ from typing import TypeVar
 
 from cluster import events, suspicions
 from cluster.actions import Decision, Evict, Nothing, Replace, Restart, Stop, action_event
+from cluster.deciding import Deciding
 from cluster.ending import End, ended_after, too_few
-from cluster.evidence import worth_telling
 from cluster.fleet import AgentView, first_members
 from cluster.fleet_doctor import FleetDoctor
 from cluster.generations import Generations
 from cluster.inbox import Inbox
-from cluster.incidents import write_incident
 from cluster.jobstate import JobState
 from cluster.journal import Journal
 from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
-from cluster.noticing import Noticing, OpenIncident, Suspicion
-from cluster.policy import decide, leftover
+from cluster.noticing import Noticing, Suspicion
 from cluster.policy_numbers import Rollback
 from cluster.rundir import RunDir
 from cluster.scheduler import Scheduler
@@ -34,13 +32,11 @@ from cluster.state import apply
 from cluster.watchers import Watcher
 from cluster.wire import SupervisorSocket
 from configs.schema import JobConfig
-from health.crash import Standing, first_cause, standing
-from health.verdict import Cause, Severity, Verdict
+from health.verdict import Cause, Verdict
 from trainer.events import Fact, FactKind
 from trainer.exits import ExitCode
 
 _TICK_S = 0.05
-_ECHO_S = 0.15
 # Looked through the fleet for, when one of these may have changed it, and not with each report.
 _EVICTING = (events.RunStarted, events.NodeReadmitted, events.NodeEvicted, events.ActionTaken, events.GenerationPlanned)
 _Event = TypeVar("_Event", bound=events.AnyEvent)
@@ -75,9 +71,8 @@ class Supervisor:
         self.doctor = FleetDoctor(run_dir, config.health)
         self.generations = Generations(config, self.views, state.generation)
         self.leaving: str = ""
-        self.incident: OpenIncident | None = None
+        self.deciding = Deciding(self)
         self.inbox = Inbox()
-        self.skipped_step = -1
         self.journal_waits = False
         self.wish = Wish.RUN
         self.exit_code: ExitCode | None = None
@@ -96,7 +91,7 @@ class Supervisor:
                 self.take(report)
             now = time.monotonic()
             self.watch(now)
-            self.act(now)
+            self.deciding.act(now)
             self.examine(now)
             self.try_plan()
             self.try_finish(now)
@@ -167,11 +162,11 @@ class Supervisor:
             self.emit(events.WorkersReported, fact=fact)
             match fact.kind:
                 case FactKind.UPDATE_SKIPPED:
-                    self._judge_skip(fact)
+                    self.deciding.hear_skip(fact)
                 case FactKind.NUMBERS_ODD | FactKind.ROLLBACK_WANTED:
-                    self._judge_numbers(fact)
+                    self.deciding.hear_numbers(fact)
                 case FactKind.CORRUPTION_FOUND if report.node not in self.evicted:
-                    self.accuse(Suspicion(suspicions.corruption(fact), fact.t_wall_s))
+                    self.deciding.accuse(Suspicion(suspicions.corruption(fact), fact.t_wall_s))
 
     def _told_to_leave(self, report: AgentReport) -> None:
         """A node will be taken away: all ranks save at the next step's end, and then a spare takes its place."""
@@ -197,7 +192,7 @@ class Supervisor:
         view = self.views.get(node)
         notice = view.report.notice if view else "it went before it could save"
         verdict = suspicions.preempted(node, self.noticing.progress.newest_step, notice)
-        self.suspect(Suspicion(verdict, time.time()))
+        self.deciding.suspect(Suspicion(verdict, time.time()))
 
     def _take_exits(self, report: AgentReport) -> None:
         if self.wish is not Wish.RUN:
@@ -205,41 +200,12 @@ class Supervisor:
         for death in self.inbox.exits(report):
             verdict = suspicions.worker_ended(report.node, death, self.noticing.progress.newest_step)
             log = {f"rank-{death.rank}.log": "\n".join(death.log_tail).encode()}
-            self.suspect(Suspicion(verdict, death.t_wall_s, log))
-
-    def _judge_skip(self, fact: Fact) -> None:
-        """A verdict, but no incident (number 0), for a skipped update; later ones in a row share the first one's."""
-        follows, self.skipped_step = fact.step == self.skipped_step + 1, fact.step
-        if follows:
-            return
-        self._only_note(suspicions.skipped_update(fact), fact.t_wall_s, fact.generation)
-
-    def _judge_numbers(self, fact: Fact) -> None:
-        """Of a generation that is over, or will be, nobody waits for an answer any more."""
-        waiting = fact.generation == self.generations.number and self.generations.plan is not None
-        if waiting or fact.kind is not FactKind.ROLLBACK_WANTED:
-            self.accuse(Suspicion(suspicions.odd_numbers(fact), fact.t_wall_s))
+            self.deciding.suspect(Suspicion(verdict, death.t_wall_s, log))
 
     def _take_verdicts(self, report: AgentReport) -> None:
         """What a node's own probes found: a notice is written down, the rest opens an incident."""
         for numbered in self.inbox.verdicts(report):
-            self.accuse(Suspicion(numbered.verdict, numbered.t_wall_s))
-
-    def accuse(self, suspicion: Suspicion) -> None:
-        """Act on what a probe found, as far as its verdict reaches."""
-        verdict = suspicion.verdict
-        if verdict.severity is Severity.NOTICE:
-            self._only_note(verdict, suspicion.failed_wall_s, self.generations.number)
-        elif self.wish is Wish.RUN:
-            self.suspect(suspicion)
-
-    def _only_note(self, verdict: Verdict, failed_wall_s: float, generation: int) -> None:
-        """A verdict, but no incident (number 0)."""
-        given = self.emit(
-            events.VerdictGiven, generation=generation, verdict=verdict, t_failed_wall_s=failed_wall_s, incident=0
-        )
-        self.doctor.suspect(verdict)
-        self.emit(action_event, decision=decide(given, self.state, self.config), incident=0, blamed=verdict.node)
+            self.deciding.accuse(Suspicion(numbered.verdict, numbered.t_wall_s))
 
     def send_order(self, node: str) -> None:
         """Tell a node the whole of what is wanted of it."""
@@ -277,69 +243,36 @@ class Supervisor:
 
     # Noticing -----------------------------------------------------------------------------------------------------
 
-    def suspect(self, suspicion: Suspicion) -> None:
-        """Add a suspicion to the open incident."""
-        if self.incident is None:
-            self.incident = OpenIncident(time.monotonic(), suspicion.failed_wall_s)
-        self.incident.add(suspicion)
-
     def watch(self, now: float) -> None:
         """Look for nodes that fell silent, agents that never came, and workers that make no progress."""
         self.noticing.look(now)
-        if self.wish is not Wish.RUN or (self.incident is not None and self.incident.about_nodes):
+        if self.wish is not Wish.RUN or (self.deciding.incident is not None and self.deciding.incident.about_nodes):
             return
         for suspicion in self.noticing.silent(self.handles, self.evicted, now):
             node = suspicion.verdict.node
             if node in self.generations.members or not self.generations.members:
-                self.suspect(suspicion)
+                self.deciding.suspect(suspicion)
             else:
                 self._evict(node, f"spare: {suspicion.verdict.evidence[0]}")
-        if self.incident is not None:
+        if self.deciding.incident is not None:
             return
         if self.generations.plan is not None:
             self._watch_workers(now)
             return
         wanted = self.generations
         for suspicion in self.noticing.missing(wanted.members, wanted.number, wanted.begun_s, now):
-            self.suspect(suspicion)
+            self.deciding.suspect(suspicion)
 
     def _watch_workers(self, now: float) -> None:
         asked = self.noticing.collect
         for suspicion in self.noticing.standing_still(now):
-            self.suspect(suspicion)
+            self.deciding.suspect(suspicion)
         if self.noticing.collect != asked:
             self.broadcast()
         for suspicion in self.noticing.slow(lambda: bool(self.state.spares)):
-            self.accuse(suspicion)
+            self.deciding.accuse(suspicion)
 
     # Acting -------------------------------------------------------------------------------------------------------
-
-    def act(self, now: float) -> None:
-        """Judge the open incident once enough is known, and do what the policy says."""
-        if self.incident is None:
-            return
-        root = first_cause(self.incident.verdicts)
-        if now - self.incident.opened_at_s < self._settle_s(root):
-            return
-        incident, self.incident = self.incident, None
-        number = self.state.next_incident
-        given = self.emit(
-            events.VerdictGiven,
-            generation=self.generations.number,
-            verdict=root,
-            t_failed_wall_s=incident.failed_wall_s,
-            incident=number,
-            others=worth_telling(root, incident.verdicts),
-        )
-        self.doctor.suspect(root)
-        decision = decide(given, self.state, self.config)
-        try:
-            write_incident(self.run_dir.path, number, root, incident.verdicts, incident.files)
-        except OSError as error:
-            logger.warning("the evidence of incident %d could not be kept: %s", number, error)
-        self._do(decision, root, number)
-        for verdict in leftover(given, decision.action):
-            self.suspect(Suspicion(verdict, incident.failed_wall_s))
 
     def examine(self, now: float) -> None:
         """Hold nodes against each other before they get ranks, and go on with an examination of the network."""
@@ -348,18 +281,12 @@ class Supervisor:
         if self.generations.plan is None and self.generations.all_ready:
             found = [*found, *self.doctor.misfits(self.views)]
         for verdict in found:
-            self.accuse(Suspicion(verdict, time.time()))
+            self.deciding.accuse(Suspicion(verdict, time.time()))
         if changed:
             self.broadcast()
 
-    def _settle_s(self, root: Verdict) -> float:
-        """How long to wait for a better root: a lost peer names no culprit, and it may take as long as until a silent
-        node is noticed; what may be an echo has its cause on the way."""
-        if root.cause is Cause.PEER_LOST:
-            return self.config.health.heartbeat_timeout_s + 2 * self.config.health.heartbeat_interval_s
-        return _ECHO_S if standing(root) is Standing.DOUBTFUL else 0.0
-
-    def _do(self, decision: Decision, root: Verdict, number: int) -> None:
+    def carry_out(self, decision: Decision, root: Verdict, number: int) -> None:
+        """Write the decision on an incident to the journal, and do it."""
         self.emit(action_event, decision=decision, incident=number, blamed=root.node)
         match decision.action:
             case Restart(reason=reason) | Rollback(reason=reason):
@@ -403,7 +330,7 @@ class Supervisor:
 
     def try_plan(self) -> None:
         """Hand out ranks when everybody who is needed is ready."""
-        if self.wish is not Wish.RUN or self.incident is not None or self.generations.plan is not None:
+        if self.wish is not Wish.RUN or self.deciding.incident is not None or self.generations.plan is not None:
             return
         if not self.generations.members:
             self._choose_first_members()

@@ -135,14 +135,14 @@ def turn_until(supervisor: Supervisor, condition: Callable[[], bool], timeout_s:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, (
-            f"it waits: plan {supervisor.generations.plan}, incident {supervisor.incident}"
+            f"it waits: plan {supervisor.generations.plan}, incident {supervisor.deciding.incident}"
         )
         assert supervisor.exit_code is None, supervisor.stop_reason
         for report in supervisor.socket.receive(0.0):
             supervisor.take(report)
         now = time.monotonic()
         supervisor.watch(now)
-        supervisor.act(now)
+        supervisor.deciding.act(now)
         supervisor.try_plan()
         time.sleep(0.01)
 
@@ -211,9 +211,9 @@ def test_an_old_generation_does_not_time_out_for_being_old(tmp_path: Path) -> No
     supervisor.gathering_since_s = float("-inf")
     for report in supervisor.socket.receive(0.0):
         supervisor.take(report)
-    assert supervisor.incident is not None
+    assert supervisor.deciding.incident is not None
     supervisor.watch(time.monotonic())
-    assert {verdict.cause.value for verdict in supervisor.incident.verdicts} == {"peer_lost"}
+    assert {verdict.cause.value for verdict in supervisor.deciding.incident.verdicts} == {"peer_lost"}
 
 
 def test_a_node_that_was_given_up_and_comes_back_is_told_to_leave(tmp_path: Path) -> None:

@@ -1,0 +1,154 @@
+"""From suspicions to decisions: they gather in an incident until enough is known, and then the policy is asked.
+
+What follows from a decision is the supervisor's to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
+
+from cluster import events, suspicions
+from cluster.actions import Decision, action_event
+from cluster.evidence import worth_telling
+from cluster.fleet_doctor import FleetDoctor
+from cluster.generations import Generations
+from cluster.incidents import write_incident
+from cluster.jobstate import JobState
+from cluster.messages import Wish
+from cluster.noticing import Suspicion
+from cluster.policy import decide, leftover
+from cluster.rundir import RunDir
+from configs.schema import JobConfig
+from health.crash import Standing, first_cause, standing
+from health.verdict import Cause, Severity, Verdict
+from trainer.events import Fact, FactKind
+
+_ECHO_S = 0.15
+_Event = TypeVar("_Event", bound=events.AnyEvent)
+
+logger = logging.getLogger("everstep.supervisor")
+
+
+class OpenIncident:
+    """Suspicions that arrived together, not yet acted on."""
+
+    def __init__(self, opened_at_s: float, failed_wall_s: float) -> None:
+        self.opened_at_s = opened_at_s
+        self.failed_wall_s = failed_wall_s
+        self.verdicts: list[Verdict] = []
+        self.files: dict[str, bytes] = {}
+
+    def add(self, suspicion: Suspicion) -> None:
+        """Take in one more."""
+        self.verdicts.append(suspicion.verdict)
+        self.failed_wall_s = min(self.failed_wall_s, suspicion.failed_wall_s)
+        self.files.update(suspicion.files)
+
+    @property
+    def about_nodes(self) -> bool:
+        """Whether a whole node is accused already."""
+        return any(verdict.severity is Severity.NODE for verdict in self.verdicts)
+
+
+class Run(Protocol):
+    """What deciding needs of the supervisor."""
+
+    config: JobConfig
+    run_dir: RunDir
+    state: JobState
+    generations: Generations
+    doctor: FleetDoctor
+    wish: Wish
+
+    def emit(self, kind: Callable[..., _Event], **fields: object) -> _Event:
+        """Write an event to the journal, and only then believe it."""
+
+    def carry_out(self, decision: Decision, root: Verdict, number: int) -> None:
+        """Write the decision on an incident to the journal, and do it."""
+
+
+class Deciding:
+    """Judges one incident at a time. incident: what is not judged yet, None if there is nothing."""
+
+    def __init__(self, run: Run) -> None:
+        self.incident: OpenIncident | None = None
+        self._run = run
+        self._skipped_step = -1
+
+    def suspect(self, suspicion: Suspicion) -> None:
+        """Add a suspicion to the open incident."""
+        if self.incident is None:
+            self.incident = OpenIncident(time.monotonic(), suspicion.failed_wall_s)
+        self.incident.add(suspicion)
+
+    def accuse(self, suspicion: Suspicion) -> None:
+        """Act on what a probe found, as far as its verdict reaches."""
+        verdict = suspicion.verdict
+        if verdict.severity is Severity.NOTICE:
+            self._only_note(verdict, suspicion.failed_wall_s, self._run.generations.number)
+        elif self._run.wish is Wish.RUN:
+            self.suspect(suspicion)
+
+    def hear_skip(self, fact: Fact) -> None:
+        """A verdict, but no incident (number 0), for a skipped update; later ones in a row share the first one's."""
+        follows, self._skipped_step = fact.step == self._skipped_step + 1, fact.step
+        if follows:
+            return
+        self._only_note(suspicions.skipped_update(fact), fact.t_wall_s, fact.generation)
+
+    def hear_numbers(self, fact: Fact) -> None:
+        """Of a generation that is over, or will be, nobody waits for an answer any more."""
+        wanted = self._run.generations
+        waiting = fact.generation == wanted.number and wanted.plan is not None
+        if waiting or fact.kind is not FactKind.ROLLBACK_WANTED:
+            self.accuse(Suspicion(suspicions.odd_numbers(fact), fact.t_wall_s))
+
+    def act(self, now_s: float) -> None:
+        """Judge the open incident once enough is known, and have done what the policy says. now_s: monotonic."""
+        if self.incident is None:
+            return
+        run, root = self._run, first_cause(self.incident.verdicts)
+        if now_s - self.incident.opened_at_s < self._settle_s(root):
+            return
+        incident, self.incident = self.incident, None
+        number = run.state.next_incident
+        given = run.emit(
+            events.VerdictGiven,
+            generation=run.generations.number,
+            verdict=root,
+            t_failed_wall_s=incident.failed_wall_s,
+            incident=number,
+            others=worth_telling(root, incident.verdicts),
+        )
+        run.doctor.suspect(root)
+        decision = decide(given, run.state, run.config)
+        self._keep(number, root, incident.verdicts, incident.files)
+        run.carry_out(decision, root, number)
+        for verdict in leftover(given, decision.action):
+            self.suspect(Suspicion(verdict, incident.failed_wall_s))
+
+    def _keep(self, number: int, root: Verdict, verdicts: list[Verdict], files: Mapping[str, bytes]) -> None:
+        try:
+            write_incident(self._run.run_dir.path, number, root, verdicts, files)
+        except OSError as error:
+            logger.warning("the evidence of incident %d could not be kept: %s", number, error)
+
+    def _only_note(self, verdict: Verdict, failed_wall_s: float, generation: int) -> None:
+        """A verdict, but no incident (number 0)."""
+        run = self._run
+        given = run.emit(
+            events.VerdictGiven, generation=generation, verdict=verdict, t_failed_wall_s=failed_wall_s, incident=0
+        )
+        run.doctor.suspect(verdict)
+        run.emit(action_event, decision=decide(given, run.state, run.config), incident=0, blamed=verdict.node)
+
+    def _settle_s(self, root: Verdict) -> float:
+        """How long to wait for a better root: a lost peer names no culprit, and it may take as long as until a silent
+        node is noticed; what may be an echo has its cause on the way."""
+        health = self._run.config.health
+        if root.cause is Cause.PEER_LOST:
+            return health.heartbeat_timeout_s + 2 * health.heartbeat_interval_s
+        return _ECHO_S if standing(root) is Standing.DOUBTFUL else 0.0
