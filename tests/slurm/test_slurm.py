@@ -1,0 +1,108 @@
+"""Promises on a real SLURM: submit a job and forget it, whatever happens to its nodes."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from cluster.events import RunStarted
+from cluster.rundir import RunDir
+from tests.slurm.conftest import STEPS, MakeSlurmJob, SlurmJob
+from tests.slurm.lab import Lab
+
+pytestmark = pytest.mark.slurm
+
+
+def test_a_node_that_loses_power_is_replaced(make_job: MakeSlurmJob, lab: Lab, undisturbed: dict[str, str]) -> None:
+    """Promise: a spare takes the ranks, SLURM is told why, and the weights are the undisturbed run's."""
+    job = make_job("power", 2).submit()
+    job.wait_for_step(5)
+    assert job.slurm()["BatchHost"] == "node1"
+    job.lose("node2")
+    assert job.ended() == "COMPLETED", job.said()
+    assert job.causes() == ["node_lost"]
+    assert lab.states()["node2"].startswith("down")
+    assert lab.reason("node2").startswith("everstep: node_lost: no heartbeat")
+    assert job.weights(STEPS) == undisturbed
+
+
+def test_the_whole_job_is_requeued(make_job: MakeSlurmJob, lab: Lab, undisturbed: dict[str, str]) -> None:
+    """Promise: `scontrol requeue` costs no more than what was not on disk yet, and no node is blamed. Before that,
+    the death of the supervisor alone costs nothing: the script starts another, which takes over its steps."""
+    job = make_job("requeued", 1).submit()
+    job.wait_for_step(1)
+    endpoint = RunDir(job.run_dir).read_endpoint()
+    assert endpoint is not None
+    os.kill(endpoint.pid, signal.SIGKILL)
+    job.wait_until(lambda: "took over" in job.said(), "the take-over")
+    job.wait_until(lambda: snapshots(job) != [], "a snapshot")
+    lab.run("scontrol", "requeue", job.job_id)
+    assert job.ended() == "COMPLETED", job.said()
+    assert job.slurm()["Restarts"] == "1"
+    assert began(job) == 2
+    assert job.causes() == []
+    assert job.weights(STEPS) == undisturbed
+
+
+def test_a_preempted_job_saves_and_comes_back_and_a_cancelled_one_does_not(make_job: MakeSlurmJob, lab: Lab) -> None:
+    """Promise: in the grace time of a preemption the state is saved; the job is back when its nodes are, from there.
+    `everstep cancel` saves too, and takes the job out of the queue for good."""
+    job = make_job("preempted", 1, "--checkpoint.persist_interval_steps", "1000", "--training.steps", "1000").submit()
+    job.wait_for_step(3)
+    lab.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    job.wait_until(lambda: job.slurm()["JobState"] == "PENDING", "the requeue")
+    assert "everstep run preempted: goes on from its newest snapshot" in lab.run("scontrol", "show", "job", job.job_id)
+    (saved,) = snapshots(job)
+    assert saved == job.steps()[-1].step
+    job.wait_for_step(saved + 1)
+    assert [record.step for record in job.steps()] == list(range(1, len(job.steps()) + 1))
+    assert "running on node" in job.everstep("status", job.name)
+    job.everstep("cancel", job.name)
+    assert job.ended() == "CANCELLED", job.said()
+    assert snapshots(job)[-1] == job.steps()[-1].step
+
+
+def test_the_batch_host_dies(make_job: MakeSlurmJob, lab: Lab, undisturbed: dict[str, str]) -> None:
+    """Promise: when the supervisor's own node is gone, which SLURM does not mend, the watchdog requeues the job."""
+    job = make_job("headless", 2).submit()
+    job.wait_until(lambda: snapshots(job) != [], "a snapshot")
+    host = job.slurm()["BatchHost"]
+    job.lose(host)
+    job.wait_until(lambda: began(job) == 2, "the second attempt")
+    assert lab.reason(host).startswith("everstep: batch host lost: it does not answer")
+    assert job.ended() == "COMPLETED", job.said()
+    assert host not in job.slurm()["NodeList"]
+    assert job.weights(STEPS) == undisturbed
+
+
+def test_a_chain_of_jobs_goes_on_until_the_run_is_done(
+    make_job: MakeSlurmJob, lab: Lab, undisturbed: dict[str, str]
+) -> None:
+    """Promise: what one job has no time for, the next one finishes, and the rest of the chain goes."""
+    job = make_job("chain", 1, profile='time_limit = "10"\nchain = 3').submit()
+    job.wait_for_step(5)
+    first = f"{job.job_id}_1"
+    minutes = int(lab.job(first)["RunTime"].split(":")[1])
+    lab.run("scontrol", "update", f"jobid={first}", f"TimeLimit={minutes + 2}")
+    # What SLURM sends by itself when the time is nearly up; it looks only twice a minute.
+    lab.run("scancel", "--signal=TERM", "--batch", first)
+    job.wait_until(lambda: began(job) == 2, "the second job")
+    job.wait_until(lambda: "everstep: done" in job.said(), "the end")
+    job.wait_until(lambda: not lab.run("squeue", "-h", "-j", job.job_id), "the end of the chain")
+    rows = lab.run("squeue", "-h", "-t", "all", "-j", job.job_id, "-o", "%K %T").split("\n")
+    assert sorted(filter(None, rows)) == ["1 FAILED", "2 COMPLETED", "3 CANCELLED"]
+    assert lab.job(first)["Restarts"] == "0"
+    assert job.weights(STEPS) == undisturbed
+
+
+def snapshots(job: SlurmJob) -> list[int]:
+    """Steps of the snapshots that are whole on disk."""
+    found = (job.run_dir / "checkpoints").glob("step-*/manifest.json")
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+
+
+def began(job: SlurmJob) -> int:
+    """How often the run began anew."""
+    return sum(isinstance(event, RunStarted) for event in job.events())
