@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from checkpointing.disk import write_atomic
+from checkpointing.layout import GARBLED
 
 FENCE_NAME = "fence.json"
 
@@ -34,5 +35,5 @@ def fenced_below(run_dir: Path) -> int:
     """
     try:
         return msgspec.json.decode((run_dir / FENCE_NAME).read_bytes(), type=Fence).generation
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+    except (OSError, *GARBLED):
         return -1

@@ -31,6 +31,9 @@ _ITEM_BYTES = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 
+GARBLED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are not what they should be, nested without end among them."""
+
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
 
@@ -155,7 +158,7 @@ def decode_document(data: bytes, kind: type[_Document], file: str) -> _Document:
         if version != VERSION:
             raise SnapshotDamagedError(f"{file}: format version {version}, this release of everstep reads {VERSION}")
         document = msgspec.json.decode(envelope.body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except GARBLED as error:
         raise SnapshotDamagedError(f"{file}: cut off or garbled ({error})") from error
     _check_contents(document, file)
     return document
@@ -163,6 +166,9 @@ def decode_document(data: bytes, kind: type[_Document], file: str) -> _Document:
 
 def _check_contents(document: ShardMeta | Manifest, file: str) -> None:
     shards = (document.shard,) if isinstance(document, ShardMeta) else document.shards
+    # Names of files hold no other ones, and all ranks agree on them as numbers of 64 bits.
+    if not all(0 <= number < 10**18 for number in (document.step, document.generation, document.world_size)):
+        raise SnapshotDamagedError(f"{file}: impossible step, generation or number of ranks")
     for shard in shards:
         if shard.file != shard_file_name(document.generation, shard.rank):
             raise SnapshotDamagedError(f"{file}: names a file that is not a shard's: {shard.file!r}")

@@ -16,7 +16,15 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from checkpointing.checksum import checksum
-from checkpointing.layout import VERSION, Shard, ShardMeta, SnapshotDamagedError, TensorSlice, shard_file_name
+from checkpointing.layout import (
+    GARBLED,
+    VERSION,
+    Shard,
+    ShardMeta,
+    SnapshotDamagedError,
+    TensorSlice,
+    shard_file_name,
+)
 
 ALIGN_BYTES = 64
 MAX_HEADER_BYTES = 100_000_000
@@ -134,7 +142,7 @@ def parse_header(header: bytes, size_bytes: int, file_checksum: str, file: str) 
             entry = msgspec.json.decode(entry_json, type=_TensorEntry)
             shape, offsets = layout.places[name]
             slices.append(TensorSlice(name, entry.dtype, shape, offsets, entry.shape, *entry.data_offsets))
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:
+    except (*GARBLED, KeyError) as error:
         raise SnapshotDamagedError(f"{file}: header is garbled ({error})") from error
     return ShardMeta(
         version=layout.version,
@@ -164,6 +172,6 @@ def layout_digest(header: bytes, file: str) -> str:
     try:
         raw = msgspec.json.decode(start, type=dict[str, msgspec.Raw])
         layout = msgspec.json.decode(raw["__metadata__"], type=dict[str, str])[_LAYOUT_KEY]
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:
+    except (*GARBLED, KeyError) as error:
         raise SnapshotDamagedError(f"{file}: header is garbled ({error})") from error
     return checksum(layout.encode() + start[: end + len(_SNAPSHOT_KEY) + 3])

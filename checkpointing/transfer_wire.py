@@ -6,7 +6,7 @@ import re
 
 import msgspec
 
-from checkpointing.layout import ShardRef
+from checkpointing.layout import GARBLED, ShardRef
 from checkpointing.segment import Control, PersistTo
 
 NONCE_PATH = "/nonce"
@@ -84,7 +84,7 @@ def decode_control(text: str, ref: ShardRef) -> Control:
     """The control block of `ref` in a header field. ValueError if it is garbled or another shard's."""
     try:
         control = msgspec.json.decode(text.encode("latin-1", "replace"), type=Control)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except GARBLED as error:
         raise ValueError(f"control block is garbled ({error})") from error
     numbers = (control.step, control.generation, control.rank, control.world_size, control.size_bytes)
     if not all(0 <= number < 2**62 for number in numbers):

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from cluster.rundir import write_atomically
+from cluster.rundir import GARBLED, write_atomically
 from configs.profile import ClusterProfile
 from configs.schema import JobConfig
 
@@ -114,5 +114,5 @@ def read_submission(run_dir: Path) -> Submission | None:
         return msgspec.json.decode((run_dir / _FILE).read_bytes(), type=Submission)
     except FileNotFoundError:
         return None
-    except msgspec.DecodeError as error:
+    except GARBLED as error:
         raise ValueError(f"{run_dir / _FILE} is damaged ({error}); remove it and submit the run again") from error

@@ -41,7 +41,7 @@ def common_snapshot(
     holders: dict[tuple[int, int], set[int]] = {}
     for view in views.values():
         for shard in _held(view):
-            if shard.world_size == world_size and shard.rank < world_size:
+            if shard.world_size == world_size and 0 <= shard.rank < world_size:
                 holders.setdefault((shard.generation, shard.step), set()).add(shard.rank)
     whole = [age for age, ranks in holders.items() if len(ranks) == world_size and age not in rejected]
     return max(whole, default=(-1, -1))

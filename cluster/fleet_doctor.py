@@ -14,7 +14,7 @@ import msgspec
 from cluster.fleet import AgentView
 from cluster.matrix import Matrix, NetworkReport
 from cluster.messages import AgentReport, Measure
-from cluster.rundir import RunDir, write_atomically
+from cluster.rundir import GARBLED, RunDir, write_atomically
 from configs.schema import HealthConfig
 from health.examination import odd_versions, slow_devices
 from health.verdict import Cause, Verdict
@@ -117,5 +117,5 @@ class FleetDoctor:
     def _read_wish(self) -> Wanted:
         try:
             return msgspec.json.decode(self._run_dir.network_wish.read_bytes(), type=Wanted)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, *GARBLED):
             return Wanted(id="")

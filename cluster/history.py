@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from cluster.rundir import GARBLED
 from configs.schema import JobConfig
 from health.verdict import Cause, Certainty, Severity
 
@@ -126,7 +127,7 @@ class HistoryFile:
                 continue
             try:
                 entries.append(decoder.decode(line))
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            except GARBLED:
                 skipped += 1
         return History(tuple(entries), skipped)
 

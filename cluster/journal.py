@@ -21,6 +21,7 @@ from cluster.events import (
     SupervisorTookOver,
     VerdictGiven,
 )
+from cluster.rundir import GARBLED
 from trainer.events import LineFile, StepRecord
 
 Record = TypeVar("Record")
@@ -96,6 +97,6 @@ def _read_lines(path: Path, offset: int, decode: Callable[[bytes], Record]) -> L
             continue
         try:
             records.append(decode(line))
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except GARBLED:
             skipped += 1
     return Lines(records, offset + len(whole), skipped)

@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from cluster import events
+from cluster.rundir import GARBLED
 
 RENEW_S = 1.0
 PAUSE_S = 4 * RENEW_S
@@ -106,7 +107,7 @@ def read_lease(path: Path) -> Lease | Unreadable | None:
         return None if path.parent.is_dir() else Unreadable("the run directory is not there")
     except OSError as error:
         return Unreadable(error.strerror or str(error))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except GARBLED as error:
         return Unreadable(f"damaged: {error}")
 
 

@@ -283,4 +283,7 @@ def decode_order(data: bytes) -> Order:
 def _decode(data: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> _T:
     if len(data) > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
-    return decoder.decode(data)
+    try:
+        return decoder.decode(data)
+    except RecursionError:
+        raise ValueError("a message is nested too deeply") from None

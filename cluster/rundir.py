@@ -13,6 +13,9 @@ import msgspec
 
 from configs.schema import JobConfig
 
+GARBLED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are not what they should be, nested without end among them."""
+
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -125,7 +128,7 @@ class RunDir:
         """Where the supervisor listened last, or None."""
         try:
             return msgspec.json.decode(self.endpoint.read_bytes(), type=Endpoint)
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, *GARBLED):
             return None
 
     def lock(self) -> int:
