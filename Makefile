@@ -6,6 +6,7 @@ PACKAGES := configs parallelism checkpointing trainer health cluster
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint unit distributed chaos-short chaos chaos-checkpoint data install constraints clean \
+	test-slurm slurm-packages \
 	bench-recovery bench-checkpoint bench-checkpoint-gpu bench-overhead bench-detection
 
 install: $(VENV)/.installed
@@ -41,6 +42,13 @@ chaos-short: install
 # Everything that CI runs, in one pytest run so that its last line counts all.
 test: lint
 	$(BIN)/pytest tests -m "not long"
+
+# A real SLURM of four nodes in network namespaces: root, and its packages. Skipped, with a word, where they are not.
+test-slurm: install
+	$(BIN)/pytest tests/slurm --durations 0
+
+slurm-packages:
+	.ci/slurm-packages
 
 # Snapshots under 200 random faults. CI does a sample of them; EVERSTEP_CHAOS_SEED repeats one.
 chaos-checkpoint: install

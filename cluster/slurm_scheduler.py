@@ -25,7 +25,7 @@ _POLL_S = 0.2
 _CALL_TIMEOUT_S = 15.0
 _PATIENCE_S = 120.0
 _AGAIN_S = 2.0
-_THREADS = 4
+_THREADS = 16
 _T = TypeVar("_T")
 
 logger = logging.getLogger("everstep.slurm")
@@ -157,8 +157,7 @@ class SlurmScheduler:
         concurrent.futures.wait(self._killing.values(), _KILL_TIMEOUT_S + _CALL_TIMEOUT_S)
         self._killing.clear()
         if self._littered:
-            answering = [row.name for row in self.commands.nodes(sorted(self._littered)) if row.answers]
-            list(self._pool.map(self._tidy, answering))
+            list(self._pool.map(self._tidy, sorted(self._littered)))
             self._littered.clear()
 
     # In the pool --------------------------------------------------------------------------------------------------
@@ -191,7 +190,11 @@ class SlurmScheduler:
             child.wait(_KILL_TIMEOUT_S)
 
     def _answers(self, node: str) -> bool:
-        return any(row.answers for row in self.commands.nodes([node]))
+        try:
+            return any(row.answers for row in self.commands.nodes([node]))
+        except SlurmError as error:
+            logger.warning("whether %s answers is not known: %s", node, error)
+            return False
 
     def _report(self, node: str, reason: str) -> None:
         try:
@@ -206,10 +209,13 @@ class SlurmScheduler:
                 exclude(self.run_dir.path, node)
 
     def _tidy(self, node: str) -> None:
+        if not self._answers(node):
+            return
         command = slurm_steps.tidy_command(self.run_dir, self.ram_dir, node)
         try:
             subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, env=self.commands.environ,
+                command, stdin=subprocess.DEVNULL, capture_output=True,
+                env=slurm_steps.bare_environment(self.commands.environ),
                 timeout=_CALL_TIMEOUT_S, check=True,
             )  # fmt: skip
         except (OSError, subprocess.SubprocessError) as error:
@@ -225,6 +231,7 @@ class _KnownSteps:
         self.pool = pool
         self._known: dict[str, frozenset[str]] = {}
         self._asked_s: dict[str, float] = {}
+        self._asking: concurrent.futures.Future[None] | None = None
 
     def of(self, job_id: str, wait: bool) -> frozenset[str] | None:
         """What is known, None for nothing yet. wait: for the first answer; SlurmError if it does not come."""
@@ -232,8 +239,9 @@ class _KnownSteps:
             self._asked_s[job_id] = time.monotonic()
             self._known[job_id] = patiently(lambda: self._ask(job_id))
         elif time.monotonic() - self._asked_s.get(job_id, float("-inf")) > _FRESH_S:
-            self._asked_s[job_id] = time.monotonic()
-            self.pool.submit(self._refresh, job_id)
+            if self._asking is None or self._asking.done():
+                self._asked_s[job_id] = time.monotonic()
+                self._asking = self.pool.submit(self._refresh, job_id)
         return self._known.get(job_id)
 
     def _ask(self, job_id: str) -> frozenset[str]:

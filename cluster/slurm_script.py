@@ -33,9 +33,15 @@ trap 'asked=$((asked > 1 ? asked : 1)); pass_on' TERM USR1
 # `everstep cancel`: the same, and it does not come back. Said twice, it does not wait either.
 trap 'cancelled=$((cancelled + 1)); asked=$((cancelled > asked ? cancelled : asked)); pass_on' USR2
 
+# The last supervisor's hold on the run ends with its host; a file server may need minutes to see that.
+for minute in 1 2 3 4 5 6 7 8 9 10; do
+  if [ "$asked" != 0 ] || flock -w 60 "$run_dir/supervisor.lock" true; then break; fi
+done
+
 # The supervisor. One that fails by itself is started again: training went on, and the next one takes over.
 code=75
 for attempt in 1 2 3 4 5; do
+  if [ "$asked" != 0 ]; then break; fi
   if [ -e "$run_dir/supervisor-error.log" ]; then
     mv -f "$run_dir/supervisor-error.log" "$run_dir/supervisor-error.old.log"
   fi

@@ -68,8 +68,8 @@ def tidy_command(run_dir: RunDir, ram_dir: str, node: str) -> list[str]:
     return [*_step(node), "--no-kill", "--job-name=everstep-tidy", "--gres=none", "sh", "-c", _TIDY, "everstep", *words]
 
 
-def watchdog_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the watchdog needs of this process's environment: none of the job's credentials are in it."""
+def bare_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a step needs that does not train: none of the job's credentials are in it."""
     return {
         name: value for name, value in environ.items() if name in _KEPT or name.startswith(("SLURM", "PYTHON", "MUNGE"))
     }

@@ -28,7 +28,7 @@ class Watchdog:
     def __init__(self, run_dir: RunDir, names: Sequence[str], batch_host: str, environ: Mapping[str, str]) -> None:
         self.run_dir = run_dir
         self.batch_host = batch_host
-        self.environ = slurm_steps.watchdog_environment(environ)
+        self.environ = slurm_steps.bare_environment(environ)
         self._nodes = [name for name in reversed(names) if name != batch_host]
         self._open = False
         self._child: subprocess.Popen[bytes] | None = None

@@ -11,15 +11,18 @@ from pathlib import Path
 import pytest
 
 from cluster.backend import read_submission
+from configs.tomltext import toml_value
 from tests.chaos.conftest import CONFIG, corpus  # noqa: F401  a fixture
 from tests.chaos.jobs import Job
 from tests.slurm.lab import Lab, missing_binaries
 
 STEPS = 30
+# What neither a shell nor sbatch may take for more than text.
+QUOTED = "a 'quoted' \"$HOME\" `id` \\ #word;"
 _PROFILE = """
 [environment]
 OMP_NUM_THREADS = "1"
-EVERSTEP_TEST = "a 'quoted' \\"$HOME\\" `id` \\\\ #word"
+EVERSTEP_TEST = {quoted}
 
 [slurm]
 partition = "main"
@@ -42,7 +45,7 @@ class SlurmJob(Job):
         super().__init__(home, name, "job.toml", overrides)
         self.lab = lab
         self.profile = home / f"{name}.site.toml"
-        self.profile.write_text(_PROFILE.format(more=profile))
+        self.profile.write_text(_PROFILE.format(more=profile, quoted=toml_value(QUOTED)))
 
     @property
     def job_id(self) -> str:

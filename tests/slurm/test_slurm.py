@@ -5,27 +5,63 @@ from __future__ import annotations
 import os
 import signal
 
+import msgspec
+import psutil
 import pytest
 
 from cluster.events import RunStarted
+from cluster.keys import JobKeys
 from cluster.rundir import RunDir
-from tests.slurm.conftest import STEPS, MakeSlurmJob, SlurmJob
+from tests.slurm.conftest import QUOTED, STEPS, MakeSlurmJob, SlurmJob
 from tests.slurm.lab import Lab
 
 pytestmark = pytest.mark.slurm
 
 
-def test_a_node_that_loses_power_is_replaced(make_job: MakeSlurmJob, lab: Lab, undisturbed: dict[str, str]) -> None:
+def test_a_node_that_loses_power_is_replaced(
+    make_job: MakeSlurmJob, lab: Lab, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Promise: a spare takes the ranks, SLURM is told why, and the weights are the undisturbed run's."""
+    monkeypatch.setenv("WANDB_API_KEY", "a credential")
     job = make_job("power", 2).submit()
     job.wait_for_step(5)
-    assert job.slurm()["BatchHost"] == "node1"
-    job.lose("node2")
+    check_environments(job)
+    host, *others = (lab.run("scontrol", "show", "hostnames", job.slurm()["NodeList"])).split()
+    assert host == job.slurm()["BatchHost"]
+    job.lose(others[0])
     assert job.ended() == "COMPLETED", job.said()
     assert job.causes() == ["node_lost"]
-    assert lab.states()["node2"].startswith("down")
-    assert lab.reason("node2").startswith("everstep: node_lost: no heartbeat")
+    assert lab.states()[others[0]].startswith("down")
+    assert lab.reason(others[0]).startswith("everstep: node_lost: no heartbeat")
+    assert "everstep: node_lost" in job.everstep("nodes", "--cluster", "slurm")
     assert job.weights(STEPS) == undisturbed
+
+
+def check_environments(job: SlurmJob) -> None:
+    """What the profile names arrives as it was written; credentials reach the agents, and nobody else; a key of the job
+    is in no command line and no script."""
+    agents, watchdogs = processes(job, "cluster.agent_main"), processes(job, "cluster.slurm_watch")
+    assert (len(agents), len(watchdogs)) == (3, 1)
+    assert {agent.environ()["EVERSTEP_TEST"] for agent in agents} == {QUOTED}
+    assert {agent.environ()["WANDB_API_KEY"] for agent in agents} == {"a credential"}
+    assert "WANDB_API_KEY" not in watchdogs[0].environ()
+    keys = msgspec.json.decode((job.run_dir / "secrets" / "job.json").read_bytes(), type=JobKeys)
+    secret = (keys.server.secret, keys.client.secret, "a credential")
+    shown = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    shown += [job.lab.run("scontrol", "write", "batch_script", job.job_id, "-"), job.said()]
+    assert not [text for text in shown if any(key in text for key in secret)]
+
+
+def processes(job: SlurmJob, module: str) -> list[psutil.Process]:
+    """The job's processes that run a module of ours; srun, which has the same words, is none of them."""
+    found = psutil.process_iter(["cmdline", "name"])
+    return [
+        process
+        for process in found
+        if module in (process.info["cmdline"] or ())
+        and str(job.run_dir) in process.info["cmdline"]
+        and process.info["name"] not in ("srun", "slurmstepd")
+    ]
 
 
 def test_the_whole_job_is_requeued(make_job: MakeSlurmJob, lab: Lab, undisturbed: dict[str, str]) -> None:

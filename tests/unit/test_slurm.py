@@ -91,7 +91,7 @@ def test_step_names_are_never_used_twice() -> None:
 def test_the_watchdog_gets_no_credentials() -> None:
     """Keys never appear in the environment of steps that have no use for them."""
     environ = {"PATH": "/bin", "SLURM_JOB_ID": "1", "WANDB_API_KEY": "x", "AWS_SECRET_ACCESS_KEY": "y"}
-    assert slurm_steps.watchdog_environment(environ) == {"PATH": "/bin", "SLURM_JOB_ID": "1"}
+    assert slurm_steps.bare_environment(environ) == {"PATH": "/bin", "SLURM_JOB_ID": "1"}
 
 
 def test_what_squeue_says_is_parsed(tmp_path: Path) -> None:
