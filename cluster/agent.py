@@ -190,7 +190,7 @@ class AgentState:
         """Keep what a probe of this node found until the supervisor has it."""
         with self._changed:
             self._noted += 1
-            self._verdicts.append(NumberedVerdict(self._noted, verdict, time.time()))
+            self._verdicts.append(NumberedVerdict(self._noted, verdict, time.time(), self.generation))
         self.wake()
 
     def show(self, evidence: Evidence) -> None:

@@ -40,12 +40,18 @@ class OpenIncident:
         self.failed_wall_s = failed_wall_s
         self.verdicts: list[Verdict] = []
         self.files: dict[str, bytes] = {}
+        self._generations: dict[Verdict, int] = {}
 
     def add(self, suspicion: Suspicion) -> None:
         """Take in one more."""
         self.verdicts.append(suspicion.verdict)
+        self._generations.setdefault(suspicion.verdict, suspicion.generation)
         self.failed_wall_s = min(self.failed_wall_s, suspicion.failed_wall_s)
         self.files.update(suspicion.files)
+
+    def generation_of(self, verdict: Verdict) -> int:
+        """What the verdict is about, see `Suspicion`."""
+        return self._generations[verdict]
 
     @property
     def about_nodes(self) -> bool:
@@ -85,10 +91,14 @@ class Deciding:
         self.incident.add(suspicion)
 
     def accuse(self, suspicion: Suspicion) -> None:
-        """Act on what a probe found, as far as its verdict reaches."""
-        verdict = suspicion.verdict
+        """Act on what a probe found, as far as its verdict reaches. What concerns only workers that were ended
+        meanwhile is the same failure seen from elsewhere, or one that their end has settled."""
+        verdict, current = suspicion.verdict, self._run.generations.number
+        generation = suspicion.generation or current
+        if verdict.severity is Severity.WORKERS and generation < current:
+            verdict = suspicions.belated(verdict, generation)
         if verdict.severity is Severity.NOTICE:
-            self._only_note(verdict, suspicion.failed_wall_s, self._run.generations.number)
+            self._only_note(verdict, suspicion.failed_wall_s, generation)
         elif self._run.wish is Wish.RUN:
             self.suspect(suspicion)
 
@@ -117,7 +127,7 @@ class Deciding:
         number = run.state.next_incident
         given = run.emit(
             events.VerdictGiven,
-            generation=run.generations.number,
+            generation=incident.generation_of(root) or run.generations.number,
             verdict=root,
             t_failed_wall_s=incident.failed_wall_s,
             incident=number,
@@ -128,7 +138,7 @@ class Deciding:
         self._keep(number, root, incident.verdicts, incident.files)
         run.carry_out(decision, root, number)
         for verdict in leftover(given, decision.action):
-            self.suspect(Suspicion(verdict, incident.failed_wall_s))
+            self.suspect(Suspicion(verdict, incident.failed_wall_s, generation=incident.generation_of(verdict)))
 
     def _keep(self, number: int, root: Verdict, verdicts: list[Verdict], files: Mapping[str, bytes]) -> None:
         try:

@@ -84,11 +84,15 @@ class NumberedFact(msgspec.Struct, frozen=True):
 
 
 class NumberedVerdict(msgspec.Struct, frozen=True):
-    """A verdict that the agent itself gave about its node, numbered like a fact."""
+    """A verdict that the agent itself gave about its node, numbered like a fact.
+
+    generation: of the workers that ran there last, 0 if there were none yet.
+    """
 
     number: int
     verdict: Verdict
     t_wall_s: float
+    generation: int = 0
 
 
 class RankTimes(msgspec.Struct, frozen=True):

@@ -26,11 +26,15 @@ ASKED_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Suspicion:
-    """A verdict, when what it is about happened (wall clock), and the evidence for the incident's folder."""
+    """A verdict, when what it is about happened (wall clock), and the evidence for the incident's folder.
+
+    generation: what it is about; 0: the one that is wanted now.
+    """
 
     verdict: Verdict
     failed_wall_s: float
     files: Mapping[str, bytes] = field(default_factory=dict)
+    generation: int = 0
 
 
 class Noticing:

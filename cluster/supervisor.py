@@ -166,7 +166,8 @@ class Supervisor:
                 case FactKind.NUMBERS_ODD | FactKind.ROLLBACK_WANTED:
                     self.deciding.hear_numbers(fact)
                 case FactKind.CORRUPTION_FOUND if report.node not in self.evicted:
-                    self.deciding.accuse(Suspicion(suspicions.corruption(fact), fact.t_wall_s))
+                    found = suspicions.corruption(fact)
+                    self.deciding.accuse(Suspicion(found, fact.t_wall_s, generation=fact.generation))
 
     def _told_to_leave(self, report: AgentReport) -> None:
         """A node will be taken away: all ranks save at the next step's end, and then a spare takes its place."""
@@ -205,7 +206,7 @@ class Supervisor:
     def _take_verdicts(self, report: AgentReport) -> None:
         """What a node's own probes found: a notice is written down, the rest opens an incident."""
         for numbered in self.inbox.verdicts(report):
-            self.deciding.accuse(Suspicion(numbered.verdict, numbered.t_wall_s))
+            self.deciding.accuse(Suspicion(numbered.verdict, numbered.t_wall_s, generation=numbered.generation))
 
     def send_order(self, node: str) -> None:
         """Tell a node the whole of what is wanted of it."""

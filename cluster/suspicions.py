@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from cluster.messages import WorkerExit
 from health.crash import judge_exit
 from health.verdict import Cause, Certainty, Severity, Verdict
@@ -70,6 +72,12 @@ def corruption(fact: Fact) -> Verdict:
 def _odd(fact: Fact) -> Cause:
     """The cause that a fact about numbers names; only facts of before there were several name none."""
     return Cause.NONFINITE if fact.oddity is None else Cause(fact.oddity.value)
+
+
+def belated(verdict: Verdict, generation: int) -> Verdict:
+    """What is said of workers that are gone already: nothing more follows from it."""
+    line = f"said of the workers of generation {generation}, which had been ended by then"
+    return msgspec.structs.replace(verdict, severity=Severity.NOTICE, evidence=(*verdict.evidence, line))
 
 
 def worker_ended(node: str, death: WorkerExit, newest_step: int) -> Verdict:

@@ -1,0 +1,92 @@
+"""From reports to decisions: one failure is one incident, whoever tells of it, when, and however often.
+
+The supervisor is the real one; its two borders are played (`tests/unit/test_takeover.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from cluster.jobstate import JobState
+from cluster.messages import AgentReport, AgentStatus, NumberedVerdict
+from cluster.supervisor import Supervisor
+from health.verdict import Cause, Certainty, Severity, Verdict
+from tests.unit.stories import verdict
+from tests.unit.test_takeover import Played, take_over, turn_until
+
+NODES = ("node0", "node1", "node2")
+
+
+class Fleet:
+    """Three agents, of which node2 is a spare, and what each adds to its reports from now on."""
+
+    def __init__(self) -> None:
+        self.says: dict[str, dict[str, object]] = {node: {} for node in NODES}
+
+    def __call__(self, played: Played) -> list[AgentReport]:
+        return [self._report(played, node) for node in NODES]
+
+    def _report(self, played: Played, node: str) -> AgentReport:
+        if node != "node2" and played.target(node, 1) == 1:
+            report = msgspec.structs.replace(played.finished(node), status=AgentStatus.RUNNING)
+        else:
+            report = played.ready(node, 1)
+        return msgspec.structs.replace(report, **self.says[node])
+
+    def find(self, node: str, *found: Verdict, generation: int = 1) -> None:
+        """The node's probes have found this."""
+        numbered = tuple(NumberedVerdict(1 + i, each, 1.0, generation) for i, each in enumerate(found))
+        self.says[node]["verdicts"] = numbered
+
+
+def xid(number: int, gpu: int, node: str = "node0", severity: Severity = Severity.WORKERS) -> Verdict:
+    cause = Cause.CUDA_ERROR if severity is Severity.WORKERS else Cause.GPU_FAULT
+    return msgspec.structs.replace(
+        verdict(cause, node, gpu, 7, severity, fingerprint=f"xid {number}"), device=f"gpu{gpu}"
+    )
+
+
+def proof(node: str, mark: str = "remap failed") -> Verdict:
+    return verdict(Cause.GPU_FAULT, node, -1, 7, Severity.NODE, fingerprint=mark, certainty=Certainty.PROOF)
+
+
+def turn(supervisor: Supervisor, times: int = 3) -> JobState:
+    """Some turns of the loop, whatever comes of them."""
+    left = [times]
+
+    def done() -> bool:
+        left[0] -= 1
+        return left[0] < 0
+
+    turn_until(supervisor, done)
+    return supervisor.state
+
+
+def test_an_error_that_two_gpus_report_is_one_incident(tmp_path: Path) -> None:
+    """Promise: what a probe says late of workers that were ended already is noted, and costs no second restart."""
+    fleet = Fleet()
+    supervisor = take_over(tmp_path, fleet)
+    fleet.find("node0", xid(31, 0))
+    turn_until(supervisor, lambda: bool(supervisor.state.incidents))
+    fleet.find("node0", xid(31, 0), xid(31, 1))
+    state = turn(supervisor)
+    assert [each.action for each in state.incidents] == ["restart"]
+    assert (state.restarts_used, state.evicted) == (1, ())
+
+
+def test_what_a_probe_says_late_of_its_node_is_judged_by_its_own_generation(tmp_path: Path) -> None:
+    """Promise: a hint that is told twice is never taken for one that came back after a restart."""
+    fleet = Fleet()
+    supervisor = take_over(tmp_path, fleet)
+    first, again = (
+        verdict(Cause.GPU_DEGRADED, "node0", 0, step, Severity.NODE, certainty=Certainty.HINT) for step in (7, 9)
+    )
+    fleet.find("node0", first)
+    turn_until(supervisor, lambda: bool(supervisor.state.failures))
+    supervisor.next_generation(supervisor.generations.members, "test")
+    fleet.find("node0", first, again)
+    turn_until(supervisor, lambda: len(supervisor.state.failures) == 2)
+    assert [each.generation for each in supervisor.state.failures] == [1, 1]
+    assert supervisor.state.evicted == ()
