@@ -43,9 +43,9 @@ def weigh(node: str, given: VerdictGiven, state: JobState, window_s: float) -> W
     """Weigh everything against a node; None if nothing in this incident speaks against it.
 
     A verdict about the node has its own certainty. One about its workers that a bad node could explain is a hint, as
-    is what the run's memory of the node holds. A hint alone stays one; two that are independent (other causes; or
-    other incidents, at another step or in another generation) are together `likely`. Nothing older than window_s
-    counts, and no verdict makes another one certain: only one that is a proof by itself is.
+    is what the run's memory of the node holds. A hint alone stays one; two that are independent are together
+    `likely`: of other generations, or within one of other causes, where all that is said of its workers' end is one.
+    Nothing older than window_s counts, and no verdict makes another one certain: only one that is a proof by itself is.
     """
     now = [each for each in verdicts_of(given) if each.node == node and _tells(each.severity, each.cause)]
     if not now:
@@ -54,7 +54,7 @@ def weigh(node: str, given: VerdictGiven, state: JobState, window_s: float) -> W
     strongest = max((_strength(each) for each in now), key=_order)
     remembered = state.remembered.get(node)
     suspect = remembered is not None and remembered.place is not Place.MEMBER
-    corroborated = suspect or len({each.cause for each in now}) > 1
+    corroborated = suspect or len({_witness(each.severity, each.cause) for each in now}) > 1
     corroborated = corroborated or any(_independent(old, new, given) for old in before for new in now)
     if strongest is Certainty.HINT and corroborated:
         strongest = Certainty.LIKELY
@@ -137,7 +137,15 @@ def _strength(verdict: Verdict) -> Certainty:
 
 def _independent(old: Failure, new: Verdict, given: VerdictGiven) -> bool:
     """Whether an earlier piece is more than the same thing seen again."""
-    return (old.cause, old.generation, old.step) != (new.cause, given.generation, new.step)
+    if old.generation != given.generation:
+        return True
+    return _witness(old.severity, old.cause) != _witness(new.severity, new.cause)
+
+
+def _witness(severity: Severity, cause: Cause) -> str:
+    """Who says it, within one generation: a probe that repeats itself is one witness, and so are all that was seen of
+    the workers' end, by whatever names: a GPU's error, the crash that it led to, and those who hung for it."""
+    return severity.value if severity is Severity.WORKERS else cause.value
 
 
 def _order(certainty: Certainty) -> int:

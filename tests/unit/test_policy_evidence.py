@@ -64,13 +64,36 @@ def test_an_impaired_node_trains_on_where_a_restart_is_dear() -> None:
     assert isinstance(act(about(Cause.GPU_DEGRADED, PROOF), running(), dear), Replace)
 
 
-def test_the_same_hint_again_is_no_second_witness() -> None:
-    """Promise: a probe that repeats itself within a generation weighs no more than once."""
-    state, what = running(), about(Cause.GPU_DEGRADED, HINT)
+@pytest.mark.parametrize("step", [0, 1])
+def test_the_same_hint_again_is_no_second_witness(step: int) -> None:
+    """Promise: a probe that repeats itself within a generation weighs no more than once, however far the run is."""
+    state = running()
     for number in range(5):
+        what = about(Cause.GPU_DEGRADED, HINT, step=10 + step * number)
         state, decision = live(state, said(what, state, 10.0 + number), job())
         assert "hint" in next(line for line in decision.because if line.startswith("against"))
         assert isinstance(decision.action, Nothing)
+
+
+def test_the_same_hint_in_two_generations_is_two_witnesses() -> None:
+    """Promise: what comes back after all workers were started anew is not chance."""
+    state, _ = live(running(), said(about(Cause.GPU_DEGRADED, HINT), running()), job())
+    state, action = suffer(state, verdict(Cause.USER_ERROR, "node1", step=5), job())
+    assert isinstance(action, Restart)
+    _, action = suffer(state, about(Cause.GPU_DEGRADED, HINT), job())
+    assert isinstance(action, Replace)
+
+
+def test_all_that_is_said_of_one_end_of_workers_is_one_witness() -> None:
+    """Promise: an XID and the crash that it led to are one failure, in one incident or told in two."""
+    crash, xid = (verdict(cause, "node0", step=5) for cause in (Cause.WORKER_CRASH, Cause.CUDA_ERROR))
+    together = decide(said(xid, running(), others=(crash,)), running(), job())
+    assert isinstance(together.action, Restart)
+    state = running()
+    after, decision = live(state, said(crash, state), job())
+    assert isinstance(decision.action, Restart)
+    late = stories.given(xid, state.generation, after.next_incident, 10.1)
+    assert isinstance(decide(late, after, job()).action, Restart)
 
 
 def test_a_hint_beside_a_crash_does_not_hide_the_crash() -> None:
@@ -275,7 +298,8 @@ def endure(incidents: list, config: JobConfig, state: JobState) -> list[tuple[Jo
 @settings(max_examples=300, deadline=None)
 @given(INCIDENTS, st.integers(0, 3))
 def test_whatever_is_said_nobody_is_evicted_on_one_weak_piece(incidents: list, spares: int) -> None:  # type: ignore[type-arg]
-    """Promise (property): who is evicted is gone, or accused by more than a hint, or by two pieces that differ."""
+    """Promise (property): who is evicted is gone, or accused by more than a hint, or in two generations, or by two
+    probes."""
     for before, event, decision in endure(incidents, limited(spares), running(spares)):
         if not isinstance(decision.action, Replace | Evict):
             continue
@@ -283,9 +307,11 @@ def test_whatever_is_said_nobody_is_evicted_on_one_weak_piece(incidents: list, s
         now = [v for v in (event.verdict, *event.others) if v.node == node and v.severity is not Severity.NOTICE]
         gone = any(v.cause in GONE for v in now)
         strong = any(v.severity is Severity.NODE and v.certainty is not HINT for v in now)
-        old = {(f.cause, f.generation, f.step) for f in before.failures if f.node == node}
-        new = {(v.cause, event.generation, v.step) for v in now}
-        assert gone or strong or len(old | new) > 1
+        old = [f for f in before.failures if f.node == node and f.incident != event.incident]
+        again = any(f.generation != event.generation for f in old)
+        probes = {each.cause for each in (*old, *now) if each.severity is Severity.NODE}
+        workers = any(each.severity is Severity.WORKERS for each in (*old, *now))
+        assert gone or strong or again or len(probes) + workers > 1
 
 
 @settings(max_examples=300, deadline=None)
