@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from health.cudatext import CudaError, find_cuda_error, named_device
-from health.logtext import GPU_OOM, KERNEL_OOM, OOM, PEER, last_words
+from health.logtext import GPU_OOM, KERNEL_OOM, OOM, PEER, final_burst, first_telling, last_words
 from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import Phase, WorkerError
 from trainer.exits import ExitCode
@@ -20,10 +20,13 @@ _NO_ROOM_BYTES = 1 << 20
 
 _OOM_TYPES = frozenset({"OutOfMemoryError", "MemoryError"})
 
-_PEER_TYPES = frozenset({
-    "DistNetworkError", "DistStoreError", "ConnectionResetError", "ConnectionRefusedError", "ConnectionAbortedError",
-    "BrokenPipeError",
+_TORCH_PEER_TYPES = frozenset({"DistNetworkError", "DistStoreError"})
+_SOCKET_TYPES = frozenset({
+    "ConnectionResetError", "ConnectionRefusedError", "ConnectionAbortedError", "BrokenPipeError",
 })  # fmt: skip
+_COLLECTIVE = re.compile(r"gloo|nccl|c10d|TCPStore|ProcessGroup|monitoredBarrier|connectFullMesh", re.IGNORECASE)
+# Here a worker speaks with storage: it is not a peer that closes that connection.
+_STORAGE_PHASES = frozenset({Phase.LOADING, Phase.DATA})
 _INPUT_TYPES = frozenset({"ConfigError", "ValueError"})
 _CRASH_SIGNALS = frozenset({
     signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS,
@@ -84,7 +87,8 @@ def judge_exit(
     """What one worker's end says about its cause.
 
     A negative exit_code means a signal, as in Python's own process classes. error, written by the worker itself,
-    outweighs the log; step is used where there is no error. oom_scope: where the kernel counted an OOM kill.
+    outweighs the log, which proves nothing: only its final burst is read, and what it says is at most likely. step is
+    used where there is no error. oom_scope: where the kernel counted an OOM kill.
     ram_free_bytes: what was left in the node's shared memory at the end, -1 for not known. An exit with 0 or 75 is no
     failure: severity `notice`. A verdict about the node is never a hint.
     """
@@ -157,24 +161,25 @@ _DOUBT = {Certainty.PROOF: 0, Certainty.LIKELY: 1, Certainty.HINT: 2}
 
 
 def _find(end: _End) -> _Finding:
-    tail = "\n".join(end.log_tail)
+    log = final_burst(end.log_tail)
     if end.oom_kill:
         return _host_oom(f"the kernel's out-of-memory killer ended it{_in_scope(end.oom_scope)}")
     if end.error is not None:
-        return _find_in_error(end.error, end.log_tail)
+        return _find_in_error(end.error, log)
     if end.signal_number is not None and end.signal_number not in _CRASH_SIGNALS:
-        killed = KERNEL_OOM.search(tail)
-        return _host_oom("the log has the kernel's out-of-memory killer") if killed else _Finding(Cause.WORKER_KILLED)
+        if first_telling(KERNEL_OOM, log) is not None:
+            return _host_oom("the log has the kernel's out-of-memory killer")
+        return _Finding(Cause.WORKER_KILLED)
     if end.exit_code == ExitCode.BAD_INPUT:
         return _Finding(Cause.BAD_INPUT, Certainty.PROOF)
     if end.signal_number == signal.SIGBUS:
         return _find_bus_error(end)
-    if OOM.search(tail):
-        return _find_oom(next(line for line in end.log_tail if OOM.search(line)))
+    if (oom_at := first_telling(OOM, log)) is not None:
+        return _find_oom(log[oom_at])
     # NCCL's watchdog and gloo abort the process when a peer is gone: the abort is not this worker's fault.
     may_be_echo = end.signal_number in (None, signal.SIGABRT)
-    peer_at = _first_at(PEER, end.log_tail) if may_be_echo else None
-    cuda = find_cuda_error(end.log_tail)
+    peer_at = first_telling(PEER, log) if may_be_echo else None
+    cuda = _logged(log)
     if cuda is not None and (peer_at is None or _comes_before(cuda, peer_at)):
         return _cuda(cuda)
     if peer_at is not None:
@@ -182,24 +187,41 @@ def _find(end: _End) -> _Finding:
     return _Finding(Cause.USER_ERROR if end.exit_code == ExitCode.DO_NOT_RESTART else Cause.WORKER_CRASH)
 
 
-def _find_in_error(error: WorkerError, log_tail: Sequence[str]) -> _Finding:
+def _logged(log: Sequence[str]) -> CudaError | None:
+    """The GPU error that a log speaks of: anything may be quoted there, so it proves nothing."""
+    cuda = find_cuda_error(log)
+    if cuda is None or cuda.trouble.certainty is not Certainty.PROOF:
+        return cuda
+    return replace(cuda, trouble=replace(cuda.trouble, certainty=Certainty.LIKELY))
+
+
+def _find_in_error(error: WorkerError, log: Sequence[str]) -> _Finding:
     kind = _short_type(error.type)
     if kind in _OOM_TYPES or OOM.search(error.message):
         found = _find_oom(error.message)
         return replace(found, mark="", certainty=Certainty.PROOF if kind in _OOM_TYPES else found.certainty)
     cuda = find_cuda_error(error.message.splitlines())
-    peer = kind in _PEER_TYPES or PEER.search(error.message)
+    peer = _lost_peer(kind, error)
     if cuda is not None and (not peer or cuda.trouble.certainty is not Certainty.HINT):
         return _cuda(cuda)
     if peer:
         # What the main thread saw may be an echo of what another thread of this very process logged before.
-        logged, peer_at = find_cuda_error(log_tail), _first_at(PEER, log_tail)
+        logged, peer_at = _logged(log), first_telling(PEER, log)
         own = logged is not None and (peer_at is None or _comes_before(logged, peer_at))
         return _cuda(logged) if logged is not None and own else _Finding(Cause.PEER_LOST)
     early = error.phase in (Phase.STARTING, Phase.BUILDING)
     if error.exit_code == ExitCode.BAD_INPUT or (kind in _INPUT_TYPES and early):
         return _Finding(Cause.BAD_INPUT, Certainty.PROOF)
     return _Finding(Cause.USER_ERROR)
+
+
+def _lost_peer(kind: str, error: WorkerError) -> bool:
+    """Whether an error only says that another rank has gone."""
+    if kind in _TORCH_PEER_TYPES:
+        return True
+    if error.phase in _STORAGE_PHASES and not _COLLECTIVE.search(error.message):
+        return False
+    return kind in _SOCKET_TYPES or PEER.search(error.message) is not None
 
 
 def _comes_before(cuda: CudaError, peer_at: int) -> bool:
@@ -237,10 +259,6 @@ def _find_bus_error(end: _End) -> _Finding:
 
 def _in_scope(scope: str) -> str:
     return f" (counted in {scope})" if scope else ""
-
-
-def _first_at(pattern: re.Pattern[str], lines: Sequence[str]) -> int | None:
-    return next((at for at, line in enumerate(lines) if pattern.search(line)), None)
 
 
 def _severity(end: _End, found: _Finding) -> Severity:

@@ -61,8 +61,8 @@ def _passed_on(name: str, pattern: str) -> Trouble:
 
 # The first row that a text matches counts: what the device says of itself comes before what NCCL makes of it.
 TROUBLES: tuple[Trouble, ...] = (
-    _broken("uncorrectable ECC error", r"uncorrectable ECC|cudaErrorECCUncorrectable|ECC_UNCORRECTABLE",
-            Certainty.PROOF),
+    _broken("uncorrectable ECC error", r"uncorrectable ECC error encountered|cudaErrorECCUncorrectable"
+            r"|ECC_UNCORRECTABLE|hipErrorECCNotCorrectable", Certainty.PROOF),
     _broken("GPU lost", r"GPU has fallen off the bus|\bGPU is lost\b|NVML_ERROR_GPU_IS_LOST|cudaErrorDeviceLost",
             Certainty.PROOF),
     _broken("NVLink error", r"uncorrectable NVLink error|cudaErrorNvlinkUncorrectable|NVLINK_UNCORRECTABLE"

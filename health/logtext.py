@@ -13,6 +13,7 @@ from health.cudatext import TROUBLES
 
 LAST_LINES = 40
 TELLING_LINES = 40
+BURST_LINES = 60
 EVIDENCE_LINES = 6
 _STACK_LINES = 5
 _LONGEST_LINE = 500
@@ -37,6 +38,14 @@ PEER = re.compile(
     re.IGNORECASE,
 )
 
+# Whoever wrote this went on: it is not what it died of.
+_SURVIVED = re.compile(
+    r"\bretrying\b|\bwill (be )?retr(y|ied)\b|\btrying again\b|\bskipp(ed|ing)\b|\bignor(ed|ing)\b"
+    r"|\breconnect(ed|ing)\b|\bfalling back\b|\brecovered\b",
+    re.IGNORECASE,
+)
+_DUMP = re.compile(r"^Fatal Python error: ")
+_FATAL_LINES = 4
 _FATAL = re.compile(r"^Fatal Python error: |^terminate called |^ +what\(\):")
 _CURRENT_THREAD = re.compile(r"^Current thread 0x")
 TELLING = (OOM, KERNEL_OOM, PEER, *(trouble.pattern for trouble in TROUBLES))
@@ -52,13 +61,46 @@ _STEMS = (
 def shorten_log(lines: Sequence[str]) -> tuple[str, ...]:
     """The last lines, and before them those that tell something; long ones are cut.
 
-    Of each kind of line that a cause is read from the first is kept, so that a shortened log says the same.
+    Of each kind of line that a cause is read from the first of the final burst is kept, so that a shortened log says
+    the same.
     """
     cut = [line[:_LONGEST_LINE] for line in lines]
-    start = max(0, len(cut) - LAST_LINES)
-    telling = [at for at in [*_firsts(cut), *_stack(cut), *_fatal(cut)] if at < start]
+    start, burst = max(0, len(cut) - LAST_LINES), _burst_at(cut)
+    told = [*(burst + at for at in _firsts(cut[burst:])), *_stack(cut), *_dumps(cut)[-1:], *_fatal(cut)[-_FATAL_LINES:]]
+    telling = [at for at in told if burst <= at < start]
     kept = sorted(dict.fromkeys(telling[:TELLING_LINES]))
     return tuple(cut[at] for at in [*kept, *range(start, len(cut))])
+
+
+def final_burst(lines: Sequence[str]) -> Sequence[str]:
+    """What a log ends with, as far as it may tell of the end: the stacks of all threads that a crash printed, and
+    BURST_LINES before them. What is older was survived."""
+    return lines[_burst_at(lines) :]
+
+
+def _burst_at(lines: Sequence[str]) -> int:
+    dumps = _dumps(lines)
+    return max(0, (dumps[-1] if dumps else len(lines)) - BURST_LINES)
+
+
+def _dumps(lines: Sequence[str]) -> list[int]:
+    return [at for at, line in enumerate(lines) if _DUMP.search(line)]
+
+
+def first_telling(kind: re.Pattern[str], lines: Sequence[str]) -> int | None:
+    """Index of the first line of this kind; one about memory or a peer that says that work went on is none."""
+    return next((at for at, line in enumerate(lines) if kind.search(line) and not _passed_over(kind, line)), None)
+
+
+def _firsts(lines: Sequence[str]) -> list[int]:
+    likely = [at for at, line in enumerate(lines) if may_tell(line)]
+    told = [lines[at] for at in likely]
+    found = (first_telling(kind, told) for kind in TELLING)
+    return [likely[at] for at in found if at is not None]
+
+
+def _passed_over(kind: re.Pattern[str], line: str) -> bool:
+    return kind in (OOM, PEER) and _SURVIVED.search(line) is not None
 
 
 def last_words(lines: Sequence[str]) -> tuple[str, ...]:
@@ -68,12 +110,6 @@ def last_words(lines: Sequence[str]) -> tuple[str, ...]:
     if not stack:
         return tuple(said[-EVIDENCE_LINES:])
     return tuple(said[at] for at in [*_fatal(said)[-1:], *stack][:EVIDENCE_LINES])
-
-
-def _firsts(lines: Sequence[str]) -> list[int]:
-    likely = [(at, line) for at, line in enumerate(lines) if may_tell(line)]
-    found = (next((at for at, line in likely if kind.search(line)), None) for kind in TELLING)
-    return [at for at in found if at is not None]
 
 
 def may_tell(line: str) -> bool:

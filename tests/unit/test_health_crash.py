@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from health.crash import Standing, fingerprint, first_cause, judge_exit, standing
+from health.logtext import shorten_log
 from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import Phase, WorkerError
 
@@ -76,6 +77,53 @@ def judged(
 )  # fmt: skip
 def test_the_cause_follows_from_the_evidence(verdict: Verdict, cause: Cause, severity: Severity) -> None:
     assert (verdict.cause, verdict.severity) == (cause, severity)
+
+
+STEPS = tuple(f"step {number}" for number in range(100))
+TRACE = ("Fatal Python error: Aborted", "", *(f"  File x, line {number}" for number in range(100)))
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize(
+    ("number", "log", "cause", "severity"),
+    [
+        (signal.SIGSEGV, ("  Volatile uncorrectable ECC errors: 0",), Cause.WORKER_CRASH, Severity.WORKERS),
+        (signal.SIGABRT, ("s3: Connection reset by peer, retrying", ILLEGAL), Cause.CUDA_ERROR, Severity.WORKERS),
+        (signal.SIGABRT, ("s3: Connection reset by peer", *STEPS, ILLEGAL, *TRACE), Cause.CUDA_ERROR, Severity.WORKERS),
+        (signal.SIGABRT, (*STEPS, GLOO, *TRACE), Cause.PEER_LOST, Severity.WORKERS),
+        (signal.SIGABRT, (GLOO, *STEPS, *TRACE), Cause.WORKER_CRASH, Severity.WORKERS),
+        (signal.SIGSEGV, ("batch skipped, out of memory in cache",), Cause.WORKER_CRASH, Severity.WORKERS),
+        (signal.SIGSEGV, ("std::bad_alloc", *STEPS), Cause.WORKER_CRASH, Severity.WORKERS),
+        (signal.SIGSEGV, ("std::bad_alloc",), Cause.OUT_OF_MEMORY, Severity.WORKERS),
+        (signal.SIGKILL, ("oom-kill: constraint=1", *STEPS), Cause.WORKER_KILLED, Severity.WORKERS),
+    ],
+)  # fmt: skip
+def test_only_the_final_burst_of_a_log_tells_of_the_end(
+    number: int, log: tuple[str, ...], cause: Cause, severity: Severity
+) -> None:
+    """Promise: what was logged and survived decides nothing, in the whole log and in what an agent sends of it."""
+    for lines in (log, shorten_log(log)):
+        verdict = judged(None, number, log=lines)
+        assert (verdict.cause, verdict.severity) == (cause, severity)
+
+
+@pytest.mark.parametrize("phase", [Phase.DATA, Phase.LOADING])
+def test_storage_that_closes_a_connection_is_no_lost_peer(phase: Phase) -> None:
+    """Promise: an error of the data source is a root of its own; only what names a collective is an echo there."""
+    for type_, message in (("ConnectionResetError", "[Errno 104]"), ("OSError", "s3: connection timed out")):
+        assert judged(why=error(type_, message, phase)).cause is Cause.USER_ERROR
+    for type_, message in (("RuntimeError", GLOO), ("torch.distributed.DistNetworkError", "oops")):
+        assert judged(why=error(type_, message, phase)).cause is Cause.PEER_LOST
+
+
+def test_a_log_proves_nothing() -> None:
+    """Promise: a line in a log, which may quote anything, is at most likely; the worker's own error may be a proof."""
+    ecc = "CUDA error: uncorrectable ECC error encountered"
+    logged, raised = judged(None, signal.SIGABRT, log=(ecc,)), judged(why=error("AcceleratorError", ecc))
+    assert (logged.severity, logged.certainty) == (Severity.NODE, Certainty.LIKELY)
+    assert (raised.severity, raised.certainty) == (Severity.NODE, Certainty.PROOF)
+    echo = judged(why=error("RuntimeError", GLOO), log=(ecc, GLOO))
+    assert (echo.cause, echo.certainty) == (Cause.CUDA_ERROR, Certainty.LIKELY)
 
 
 def test_leaving_when_asked_is_no_failure() -> None:

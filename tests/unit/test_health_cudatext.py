@@ -73,11 +73,11 @@ def judged(message: str = "", log: tuple[str, ...] = (), code: int | None = 1, n
     ],
 )  # fmt: skip
 def test_gpu_errors_are_sorted(message: str, certainty: str, severity: str, who: Blame) -> None:
-    """Promise: each GPU error has one weight, alike whether the rank could still raise it or only its log has it."""
+    """Promise: each GPU error has one weight; where only the log has it, it is no proof."""
     raised = judged(message + ASYNC)
     logged = judged(log=("starting", *message.splitlines(), "Aborted"), code=None, number=signal.SIGABRT)
-    for verdict in (raised, logged):
-        assert (verdict.cause, verdict.certainty, verdict.severity) == (Cause.CUDA_ERROR, certainty, severity)
+    for verdict, sure in ((raised, certainty), (logged, "likely" if certainty == "proof" else certainty)):
+        assert (verdict.cause, verdict.certainty, verdict.severity) == (Cause.CUDA_ERROR, sure, severity)
         assert blame(verdict) is who
     assert raised.fingerprint == logged.fingerprint
 
