@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
 from cluster import events, suspicions
-from cluster.actions import Decision, action_event
+from cluster.actions import Decision, Nothing, action_event
 from cluster.evidence import worth_telling
 from cluster.fleet_doctor import FleetDoctor
 from cluster.generations import Generations
@@ -20,6 +20,7 @@ from cluster.jobstate import JobState
 from cluster.messages import Wish
 from cluster.noticing import Suspicion
 from cluster.policy import decide, leftover
+from cluster.policy_words import what
 from cluster.rundir import RunDir
 from configs.schema import JobConfig
 from health.crash import Standing, first_cause, standing
@@ -77,12 +78,16 @@ class Run(Protocol):
 
 
 class Deciding:
-    """Judges one incident at a time. incident: what is not judged yet, None if there is nothing."""
+    """Judges one incident at a time. incident: what is not judged yet, None if there is nothing.
+
+    While all save and leave nothing is judged: what is found then waits.
+    """
 
     def __init__(self, run: Run) -> None:
         self.incident: OpenIncident | None = None
         self._run = run
         self._skipped_step = -1
+        self._waiting: list[Suspicion] = []
 
     def suspect(self, suspicion: Suspicion) -> None:
         """Add a suspicion to the open incident."""
@@ -101,6 +106,25 @@ class Deciding:
             self._only_note(verdict, suspicion.failed_wall_s, generation)
         elif self._run.wish is Wish.RUN:
             self.suspect(suspicion)
+        else:
+            self._waiting.append(suspicion)
+
+    def go_on(self) -> None:
+        """All have saved and go on: what was found meanwhile is acted on."""
+        waiting, self._waiting = self._waiting, []
+        for suspicion in waiting:
+            self.accuse(suspicion)
+
+    def leave(self) -> None:
+        """The run ends: what was not judged by then is remembered, and nothing done about it."""
+        for suspicion in self._waiting:
+            verdict, number = suspicion.verdict, self._run.state.next_incident
+            self._give(number, verdict, suspicion.generation, suspicion.failed_wall_s, ())
+            decision = Decision(
+                Nothing(f"{what(verdict)}; the run was already about to end, nothing is done about it.")
+            )
+            self._run.emit(action_event, decision=decision, incident=number, blamed=verdict.node)
+        self._waiting = []
 
     def hear_skip(self, fact: Fact) -> None:
         """A verdict, but no incident (number 0), for a skipped update; later ones in a row share the first one's."""
@@ -124,16 +148,8 @@ class Deciding:
         if now_s - self.incident.opened_at_s < self._settle_s(root):
             return
         incident, self.incident = self.incident, None
-        number = run.state.next_incident
-        given = run.emit(
-            events.VerdictGiven,
-            generation=incident.generation_of(root) or run.generations.number,
-            verdict=root,
-            t_failed_wall_s=incident.failed_wall_s,
-            incident=number,
-            others=worth_telling(root, incident.verdicts),
-        )
-        run.doctor.suspect(root)
+        number, others = run.state.next_incident, worth_telling(root, incident.verdicts)
+        given = self._give(number, root, incident.generation_of(root), incident.failed_wall_s, others)
         decision = decide(given, run.state, run.config)
         self._keep(number, root, incident.verdicts, incident.files)
         run.carry_out(decision, root, number)
@@ -146,13 +162,24 @@ class Deciding:
         except OSError as error:
             logger.warning("the evidence of incident %d could not be kept: %s", number, error)
 
-    def _only_note(self, verdict: Verdict, failed_wall_s: float, generation: int) -> None:
-        """A verdict, but no incident (number 0)."""
+    def _give(
+        self, number: int, verdict: Verdict, generation: int, failed_wall_s: float, others: tuple[Verdict, ...]
+    ) -> events.VerdictGiven:
         run = self._run
         given = run.emit(
-            events.VerdictGiven, generation=generation, verdict=verdict, t_failed_wall_s=failed_wall_s, incident=0
+            events.VerdictGiven,
+            generation=generation or run.generations.number,
+            verdict=verdict,
+            t_failed_wall_s=failed_wall_s,
+            incident=number,
+            others=others,
         )
         run.doctor.suspect(verdict)
+        return given
+
+    def _only_note(self, verdict: Verdict, failed_wall_s: float, generation: int) -> None:
+        """A verdict, but no incident (number 0)."""
+        run, given = self._run, self._give(0, verdict, generation, failed_wall_s, ())
         run.emit(action_event, decision=decide(given, run.state, run.config), incident=0, blamed=verdict.node)
 
     def _settle_s(self, root: Verdict) -> float:

@@ -194,6 +194,7 @@ class Supervisor:
         notice = view.report.notice if view else "it went before it could save"
         verdict = suspicions.preempted(node, self.noticing.progress.newest_step, notice)
         self.deciding.suspect(Suspicion(verdict, time.time()))
+        self.deciding.go_on()
 
     def _take_exits(self, report: AgentReport) -> None:
         if self.wish is not Wish.RUN:
@@ -402,6 +403,7 @@ class Supervisor:
         assert self.exit_code is not None
         self.wish = Wish.SHUT_DOWN
         self.broadcast()
+        self.deciding.leave()
         deadline = time.monotonic() + (0.0 if self.interrupts > 1 else 10.0)
         # An agent that never spoke hears no order either.
         spoke = [handle for node, handle in self.handles.items() if node in self.views]

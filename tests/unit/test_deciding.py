@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from cluster.jobstate import JobState
-from cluster.messages import AgentReport, AgentStatus, NumberedVerdict
+from cluster.messages import AgentReport, AgentStatus, NumberedVerdict, Wish
 from cluster.supervisor import Supervisor
 from health.verdict import Cause, Certainty, Severity, Verdict
 from tests.unit.stories import verdict
@@ -52,6 +52,12 @@ def proof(node: str, mark: str = "remap failed") -> Verdict:
     return verdict(Cause.GPU_FAULT, node, -1, 7, Severity.NODE, fingerprint=mark, certainty=Certainty.PROOF)
 
 
+def save_for(supervisor: Supervisor, fleet: Fleet, node: str) -> None:
+    """Let a node be told to leave, so that all ranks save."""
+    fleet.says[node]["notice"] = "taken away"
+    turn_until(supervisor, lambda: supervisor.wish is Wish.SAVE_AND_LEAVE)
+
+
 def turn(supervisor: Supervisor, times: int = 3) -> JobState:
     """Some turns of the loop, whatever comes of them."""
     left = [times]
@@ -89,4 +95,33 @@ def test_what_a_probe_says_late_of_its_node_is_judged_by_its_own_generation(tmp_
     fleet.find("node0", first, again)
     turn_until(supervisor, lambda: len(supervisor.state.failures) == 2)
     assert [each.generation for each in supervisor.state.failures] == [1, 1]
+    assert supervisor.state.evicted == ()
+
+
+def test_what_is_found_while_all_save_is_judged_when_they_go_on(tmp_path: Path) -> None:
+    """Promise: a proof against a second node is not lost because the first one is just leaving."""
+    fleet = Fleet()
+    supervisor = take_over(tmp_path, fleet)
+    save_for(supervisor, fleet, "node0")
+    fleet.find("node1", proof("node1"))
+    turn(supervisor)
+    assert supervisor.state.incidents == ()
+    supervisor.leave_by_s = 0.0
+    supervisor.try_finish(1.0)
+    turn_until(supervisor, lambda: supervisor.exit_code is not None or len(supervisor.state.incidents) == 2)
+    told = [(each.verdict.cause, each.verdict.node, each.action) for each in supervisor.state.incidents]
+    assert told[0] == (Cause.PREEMPTED, "node0", "replace")
+    assert told[1] == (Cause.GPU_FAULT, "node1", "stop"), "there is one spare"
+
+
+def test_what_is_found_while_the_run_ends_is_remembered(tmp_path: Path) -> None:
+    """Promise: a proof that comes too late to be acted on is in the journal, and so in the memory of nodes."""
+    fleet = Fleet()
+    supervisor = take_over(tmp_path, fleet)
+    save_for(supervisor, fleet, "node0")
+    fleet.find("node1", proof("node1"))
+    turn(supervisor)
+    supervisor.deciding.leave()
+    (incident,) = supervisor.state.incidents
+    assert (incident.verdict, incident.action) == (proof("node1"), "nothing")
     assert supervisor.state.evicted == ()
