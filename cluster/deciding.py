@@ -80,20 +80,25 @@ class Run(Protocol):
 class Deciding:
     """Judges one incident at a time. incident: what is not judged yet, None if there is nothing.
 
-    While all save and leave nothing is judged: what is found then waits.
+    What is said of a node without ranks is an incident of its own: it has nothing to do with the end of workers, need
+    not wait until that is understood, and is settled first, so that a bad spare takes nobody's place. While all save
+    and leave nothing is judged: what is found then waits.
     """
 
     def __init__(self, run: Run) -> None:
         self.incident: OpenIncident | None = None
+        self._aside: dict[str, OpenIncident] = {}
         self._run = run
         self._skipped_step = -1
         self._waiting: list[Suspicion] = []
 
     def suspect(self, suspicion: Suspicion) -> None:
-        """Add a suspicion to the open incident."""
-        if self.incident is None:
-            self.incident = OpenIncident(time.monotonic(), suspicion.failed_wall_s)
-        self.incident.add(suspicion)
+        """Add a suspicion to the open incident, or to that of its node, if it holds no ranks."""
+        node = suspicion.verdict.node
+        if node and self._run.state.order and not self._run.generations.holds(node):
+            self._aside[node] = _joined(self._aside.get(node), suspicion)
+        else:
+            self.incident = _joined(self.incident, suspicion)
 
     def accuse(self, suspicion: Suspicion) -> None:
         """Act on what a probe found, as far as its verdict reaches. What concerns only workers that were ended
@@ -120,9 +125,7 @@ class Deciding:
         for suspicion in self._waiting:
             verdict, number = suspicion.verdict, self._run.state.next_incident
             self._give(number, verdict, suspicion.generation, suspicion.failed_wall_s, ())
-            decision = Decision(
-                Nothing(f"{what(verdict)}; the run was already about to end, nothing is done about it.")
-            )
+            decision = Decision(Nothing(f"{what(verdict)}; the run is about to end, and nothing is done."))
             self._run.emit(action_event, decision=decision, incident=number, blamed=verdict.node)
         self._waiting = []
 
@@ -142,18 +145,25 @@ class Deciding:
 
     def act(self, now_s: float) -> None:
         """Judge the open incident once enough is known, and have done what the policy says. now_s: monotonic."""
+        aside, self._aside = self._aside, {}
+        for each in aside.values():
+            self._judge(each, first_cause(each.verdicts))
         if self.incident is None:
             return
-        run, root = self._run, first_cause(self.incident.verdicts)
+        root = first_cause(self.incident.verdicts)
         if now_s - self.incident.opened_at_s < self._settle_s(root):
             return
         incident, self.incident = self.incident, None
+        self._judge(incident, root)
+
+    def _judge(self, incident: OpenIncident, root: Verdict) -> None:
+        run, order = self._run, self._run.state.order
         number, others = run.state.next_incident, worth_telling(root, incident.verdicts)
         given = self._give(number, root, incident.generation_of(root), incident.failed_wall_s, others)
         decision = decide(given, run.state, run.config)
         self._keep(number, root, incident.verdicts, incident.files)
         run.carry_out(decision, root, number)
-        for verdict in leftover(given, decision.action):
+        for verdict in leftover(given, decision.action, order):
             self.suspect(Suspicion(verdict, incident.failed_wall_s, generation=incident.generation_of(verdict)))
 
     def _keep(self, number: int, root: Verdict, verdicts: list[Verdict], files: Mapping[str, bytes]) -> None:
@@ -189,3 +199,9 @@ class Deciding:
         if root.cause is Cause.PEER_LOST:
             return health.heartbeat_timeout_s + 2 * health.heartbeat_interval_s
         return _ECHO_S if standing(root) is Standing.DOUBTFUL else 0.0
+
+
+def _joined(incident: OpenIncident | None, suspicion: Suspicion) -> OpenIncident:
+    incident = incident or OpenIncident(time.monotonic(), suspicion.failed_wall_s)
+    incident.add(suspicion)
+    return incident

@@ -74,6 +74,10 @@ class Generations:
             return ()
         return self.placement.sources(self._gathers[node], node)
 
+    def holds(self, node: str) -> bool:
+        """Whether the node holds ranks, or shall."""
+        return node in self._places
+
     def hear(self, report: AgentReport) -> None:
         """An agent's newest report, of which `views` knows already."""
         self.placement.see(report)

@@ -6,6 +6,8 @@ and in the facts it went by. All that it looks at is in the journal, so that any
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from cluster.actions import Action, Decision, Evict, Nothing, Replace, Restart, Stop
 from cluster.events import VerdictGiven
 from cluster.evidence import GONE, Weight, goes_on, verdicts_of, weigh, worst
@@ -33,17 +35,27 @@ def decide(given: VerdictGiven, state: JobState, config: JobConfig) -> Decision:
     return _Case(given, state, config).decide()
 
 
-def leftover(given: VerdictGiven, action: Action) -> tuple[Verdict, ...]:
+def leftover(given: VerdictGiven, action: Action, order: Collection[str]) -> tuple[Verdict, ...]:
     """Verdicts about whole nodes that the action does not settle: they deserve an incident of their own.
 
-    Hints do not: they are remembered, and weighed when there is more.
+    order: who held ranks when it was decided. All that was said of them was weighed, if it came to no eviction; what
+    was said of others was not, where the incident was about ranks. Hints need no incident: they are remembered, and
+    weighed when there is more.
     """
-    if not isinstance(action, Replace | Evict):
+    verdicts = verdicts_of(given)
+    if isinstance(action, Stop) or not verdicts:
         return ()
+    evicts = isinstance(action, Replace | Evict)
+    settled = action.node if isinstance(action, Replace | Evict) else ""
+    if not any(not each.node or each.node in order for each in verdicts):
+        settled = _lead(verdicts).node
     return tuple(
         each
-        for each in verdicts_of(given)
-        if each.node != action.node and each.severity is Severity.NODE and each.certainty is not Certainty.HINT
+        for each in verdicts
+        if each.node != settled
+        and (evicts or each.node not in order)
+        and each.severity is Severity.NODE
+        and each.certainty is not Certainty.HINT
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from cluster.jobstate import JobState
-from cluster.messages import AgentReport, AgentStatus, NumberedVerdict, Wish
+from cluster.messages import AgentReport, AgentStatus, NumberedVerdict, Wish, WorkerExit
 from cluster.supervisor import Supervisor
 from health.verdict import Cause, Certainty, Severity, Verdict
 from tests.unit.stories import verdict
@@ -125,3 +125,28 @@ def test_what_is_found_while_the_run_ends_is_remembered(tmp_path: Path) -> None:
     (incident,) = supervisor.state.incidents
     assert (incident.verdict, incident.action) == (proof("node1"), "nothing")
     assert supervisor.state.evicted == ()
+
+
+PEERS_LOST = WorkerExit(
+    rank=0, generation=1, exit_code=1, signal_number=None, error=None, log_tail=("Connection closed by peer",),
+    oom_kill=False, t_wall_s=1.0,
+)  # fmt: skip
+KILLED = msgspec.structs.replace(PEERS_LOST, rank=2, exit_code=None, signal_number=9, log_tail=())
+
+
+def test_a_bad_spare_does_not_end_the_search_for_who_was_lost(tmp_path: Path) -> None:
+    """Promise: what is said of a spare is settled at once and by itself; ranks that lost a peer wait for the culprit,
+    and the bad spare takes nobody's place."""
+    fleet = Fleet()
+    supervisor = take_over(tmp_path, fleet)
+    fleet.says["node0"]["exits"] = (PEERS_LOST,)
+    turn_until(supervisor, lambda: supervisor.deciding.incident is not None)
+    fleet.find("node2", proof("node2"), generation=0)
+    turn_until(supervisor, lambda: supervisor.state.evicted == ("node2",))
+    (about_spare,) = supervisor.state.incidents
+    assert (about_spare.verdict.node, about_spare.action) == ("node2", "evict")
+    assert supervisor.deciding.incident is not None
+    fleet.says["node1"]["exits"] = (KILLED,)
+    turn_until(supervisor, lambda: len(supervisor.state.incidents) == 2)
+    culprit = supervisor.state.incidents[1]
+    assert (culprit.verdict.cause, culprit.verdict.rank, culprit.action) == (Cause.WORKER_KILLED, 2, "restart")

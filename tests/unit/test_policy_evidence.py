@@ -215,10 +215,25 @@ def test_two_bad_nodes_in_one_incident_are_both_dealt_with() -> None:
     event = said(first, state, others=(second, hint))
     state, decision = live(state, event, job(spares=2))
     assert isinstance(decision.action, Replace)
-    assert leftover(event, decision.action) == (second,)
+    assert leftover(event, decision.action, ("node0", "node1")) == (second,)
     state, decision = live(state, said(second, state), job(spares=2))
     assert isinstance(decision.action, Replace)
     assert state.order == ("node2", "node3")
+
+
+def test_a_spare_in_an_incident_of_ranks_is_handed_back_whatever_is_done() -> None:
+    """Promise: a proof against a node without ranks is not lost in a restart, and ends in an incident about it."""
+    bad, worse = (about(Cause.GPU_FAULT, sure, f"node{i}") for i, sure in ((2, LIKELY), (3, PROOF)))
+    state, order = running(spares=2), ("node0", "node1")
+    event = said(verdict(Cause.PEER_LOST, step=7), state, others=(bad, worse))
+    decision = decide(event, state, job(spares=2))
+    assert isinstance(decision.action, Restart)
+    assert leftover(event, decision.action, order) == (bad, worse)
+    both = said(worse, state, others=(bad,))
+    assert leftover(both, decide(both, state, job(spares=2)).action, order) == (bad,)
+    kept = decide(both, state, limited(2, evictions=0)).action
+    assert isinstance(kept, Nothing)
+    assert leftover(both, kept, order) == (bad,), "each is judged once"
 
 
 def paced(step_s: float, at_step: int, target: int = 100) -> JobState:
