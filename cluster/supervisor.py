@@ -251,11 +251,7 @@ class Supervisor:
         if self.wish is not Wish.RUN or (self.deciding.incident is not None and self.deciding.incident.about_nodes):
             return
         for suspicion in self.noticing.silent(self.handles, self.evicted, now):
-            node = suspicion.verdict.node
-            if node in self.generations.members or not self.generations.members:
-                self.deciding.suspect(suspicion)
-            else:
-                self._evict(node, f"spare: {suspicion.verdict.evidence[0]}")
+            self.deciding.suspect(suspicion)
         if self.deciding.incident is not None:
             return
         if self.generations.plan is not None:
@@ -403,7 +399,6 @@ class Supervisor:
         assert self.exit_code is not None
         self.wish = Wish.SHUT_DOWN
         self.broadcast()
-        self.deciding.leave()
         deadline = time.monotonic() + (0.0 if self.interrupts > 1 else 10.0)
         # An agent that never spoke hears no order either.
         spoke = [handle for node, handle in self.handles.items() if node in self.views]
@@ -412,6 +407,7 @@ class Supervisor:
                 self.take(report)
         for node, handle in self.handles.items():
             self.scheduler.kill(node, handle)
+        self.deciding.leave()
         self.emit(
             events.RunStopped,
             exit_code=int(self.exit_code),

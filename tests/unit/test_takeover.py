@@ -17,6 +17,7 @@ from cluster.rundir import RunDir
 from cluster.state import replay
 from cluster.supervisor import Supervisor
 from configs.load import load_job
+from health.verdict import Cause
 
 BRIEF = ("--health.heartbeat_interval_s", "0.05", "--health.heartbeat_timeout_s", "0.3", "--health.hang_floor_s", "5")
 Answer = Callable[["Played"], list[AgentReport]]
@@ -178,9 +179,13 @@ def test_a_node_that_is_silent_since_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_dead_spare_takes_nobodys_place(tmp_path: Path) -> None:
+    """Promise: it is an incident of its own, for people and for the memory of nodes, and disturbs nobody."""
     supervisor = take_over(tmp_path, lambda s: [s.ready("node0", 1), s.ready("node1", 1)], ("node2",))
     turn_until(supervisor, lambda: "node2" in supervisor.state.evicted)
     assert supervisor.generations.members == ("node0", "node1")
+    (incident,) = supervisor.state.incidents
+    assert (incident.verdict.cause, incident.verdict.node, incident.action) == (Cause.NODE_LOST, "node2", "evict")
+    assert (supervisor.state.restarts_used, supervisor.generations.number) == (0, 1)
 
 
 def test_a_replacement_that_was_decided_is_carried_out(tmp_path: Path) -> None:
