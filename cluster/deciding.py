@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from cluster import events, suspicions
@@ -22,6 +22,7 @@ from cluster.noticing import Suspicion
 from cluster.policy import decide, leftover
 from cluster.policy_words import what
 from cluster.rundir import RunDir
+from cluster.unfinished import Unfinished
 from configs.schema import JobConfig
 from health.crash import Standing, first_cause, standing
 from health.verdict import Cause, Severity, Verdict
@@ -91,6 +92,7 @@ class Deciding:
         self._run = run
         self._skipped_step = -1
         self._waiting: list[Suspicion] = []
+        self._judged: set[Verdict] = set()
 
     def suspect(self, suspicion: Suspicion) -> None:
         """Add a suspicion to the open incident, or to that of its node, if it holds no ranks."""
@@ -100,10 +102,30 @@ class Deciding:
         else:
             self.incident = _joined(self.incident, suspicion)
 
+    @property
+    def pending(self) -> bool:
+        """Whether there is a suspicion that only this process knows of."""
+        return self.incident is not None or bool(self._aside) or bool(self._waiting)
+
+    def take_up(self, left: Unfinished) -> None:
+        """Finish what the supervisor before this one did not come to."""
+        self._judged = set(left.judged)
+        for given in left.undecided:
+            self._answer(given, (given.verdict, *given.others), {})
+        for fact in left.unjudged:
+            if fact.kind is FactKind.CORRUPTION_FOUND:
+                self.hear_corruption(fact)
+            else:
+                self.hear_numbers(fact)
+
     def accuse(self, suspicion: Suspicion) -> None:
         """Act on what a probe found, as far as its verdict reaches. What concerns only workers that were ended
         meanwhile is the same failure seen from elsewhere, or one that their end has settled."""
         verdict, current = suspicion.verdict, self._run.generations.number
+        if verdict in self._judged:
+            # By the supervisor before this one, which died before the agent knew.
+            self._judged.discard(verdict)
+            return
         generation = suspicion.generation or current
         if verdict.severity is Severity.WORKERS and generation < current:
             verdict = suspicions.belated(verdict, generation)
@@ -128,6 +150,10 @@ class Deciding:
             decision = Decision(Nothing(f"{what(verdict)}; the run is about to end, and nothing is done."))
             self._run.emit(action_event, decision=decision, incident=number, blamed=verdict.node)
         self._waiting = []
+
+    def hear_corruption(self, fact: Fact) -> None:
+        """Ranks that compared what they hold found a difference."""
+        self.accuse(Suspicion(suspicions.corruption(fact), fact.t_wall_s, generation=fact.generation))
 
     def hear_skip(self, fact: Fact) -> None:
         """A verdict, but no incident (number 0), for a skipped update; later ones in a row share the first one's."""
@@ -157,20 +183,21 @@ class Deciding:
         self._judge(incident, root)
 
     def _judge(self, incident: OpenIncident, root: Verdict) -> None:
-        run, order = self._run, self._run.state.order
-        number, others = run.state.next_incident, worth_telling(root, incident.verdicts)
+        number, others = self._run.state.next_incident, worth_telling(root, incident.verdicts)
         given = self._give(number, root, incident.generation_of(root), incident.failed_wall_s, others)
-        decision = decide(given, run.state, run.config)
-        self._keep(number, root, incident.verdicts, incident.files)
-        run.carry_out(decision, root, number)
-        for verdict in leftover(given, decision.action, order):
-            self.suspect(Suspicion(verdict, incident.failed_wall_s, generation=incident.generation_of(verdict)))
+        self._answer(given, incident.verdicts, incident.files)
 
-    def _keep(self, number: int, root: Verdict, verdicts: list[Verdict], files: Mapping[str, bytes]) -> None:
+    def _answer(self, given: events.VerdictGiven, verdicts: Sequence[Verdict], files: Mapping[str, bytes]) -> None:
+        """Decide, have it done, and only then keep the evidence: nobody waits for a slow disk."""
+        run, order, number = self._run, self._run.state.order, given.incident
+        decision = decide(given, run.state, run.config)
+        run.carry_out(decision, given.verdict, number)
         try:
-            write_incident(self._run.run_dir.path, number, root, verdicts, files)
+            write_incident(run.run_dir.path, number, given.verdict, verdicts, files)
         except OSError as error:
             logger.warning("the evidence of incident %d could not be kept: %s", number, error)
+        for verdict in leftover(given, decision.action, order):
+            self.suspect(Suspicion(verdict, given.t_failed_wall_s, generation=given.generation))
 
     def _give(
         self, number: int, verdict: Verdict, generation: int, failed_wall_s: float, others: tuple[Verdict, ...]

@@ -27,6 +27,7 @@ from cluster.rundir import Endpoint, RunDir, write_atomically
 from cluster.scheduler import Scheduler, open_scheduler
 from cluster.state import replay
 from cluster.supervisor import Supervisor
+from cluster.unfinished import find_unfinished
 from cluster.watchers import Watcher, Watchers
 from cluster.wire import SupervisorSocket
 from configs.load import ConfigError, Problem, describe_changes, load_job, resolve_toml
@@ -192,8 +193,14 @@ def _remind(supervisor: Supervisor, name: str, standing: Standing) -> None:
 
 
 def _adopt(supervisor: Supervisor, state: JobState, run_dir: RunDir) -> None:
-    """Take up the newest planned generation; without one the agents are still waiting for their first."""
+    """Take up the newest planned generation, and what the last supervisor did not come to."""
     found = read_events(run_dir.events)
+    _adopt_plan(supervisor, state, found)
+    supervisor.deciding.take_up(find_unfinished(found))
+
+
+def _adopt_plan(supervisor: Supervisor, state: JobState, found: list[events.AnyEvent]) -> None:
+    """Without a plan the agents are still waiting for their first."""
     plans = [event for event in found if isinstance(event, events.GenerationPlanned)]
     if not state.generation or not plans or not state.order:
         return

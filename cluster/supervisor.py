@@ -73,6 +73,7 @@ class Supervisor:
         self.leaving: str = ""
         self.deciding = Deciding(self)
         self.inbox = Inbox()
+        self.unacknowledged: dict[str, int] = {}
         self.journal_waits = False
         self.wish = Wish.RUN
         self.exit_code: ExitCode | None = None
@@ -166,8 +167,7 @@ class Supervisor:
                 case FactKind.NUMBERS_ODD | FactKind.ROLLBACK_WANTED:
                     self.deciding.hear_numbers(fact)
                 case FactKind.CORRUPTION_FOUND if report.node not in self.evicted:
-                    found = suspicions.corruption(fact)
-                    self.deciding.accuse(Suspicion(found, fact.t_wall_s, generation=fact.generation))
+                    self.deciding.hear_corruption(fact)
 
     def _told_to_leave(self, report: AgentReport) -> None:
         """A node will be taken away: all ranks save at the next step's end, and then a spare takes its place."""
@@ -205,9 +205,14 @@ class Supervisor:
             self.deciding.suspect(Suspicion(verdict, death.t_wall_s, log))
 
     def _take_verdicts(self, report: AgentReport) -> None:
-        """What a node's own probes found: a notice is written down, the rest opens an incident."""
+        """What a node's own probes found: a notice is written down, the rest opens an incident.
+
+        The agent keeps it until it is in the journal: whoever takes over is told of it again.
+        """
         for numbered in self.inbox.verdicts(report):
             self.deciding.accuse(Suspicion(numbered.verdict, numbered.t_wall_s, generation=numbered.generation))
+            if self.deciding.pending:
+                self.unacknowledged.setdefault(report.node, report.seq)
 
     def send_order(self, node: str) -> None:
         """Tell a node the whole of what is wanted of it."""
@@ -220,7 +225,7 @@ class Supervisor:
         self.socket.send(
             node,
             Order(
-                ack_seq=view.report.seq if view else 0,
+                ack_seq=self._acknowledged(view.report) if view else 0,
                 wish=Wish.SHUT_DOWN if gone else self.wish,
                 target_generation=wanted.number,
                 plan=wanted.assignment_of(node),
@@ -236,6 +241,11 @@ class Supervisor:
                 left_out=self.state.left_out,
             ),
         )
+
+    def _acknowledged(self, report: AgentReport) -> int:
+        if not self.deciding.pending:
+            self.unacknowledged.clear()
+        return min(report.seq, self.unacknowledged.get(report.node, report.seq + 1) - 1)
 
     def broadcast(self) -> None:
         """Send everybody its order now, without waiting for the next report."""

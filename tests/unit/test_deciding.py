@@ -106,6 +106,8 @@ def test_what_is_found_while_all_save_is_judged_when_they_go_on(tmp_path: Path) 
     fleet.find("node1", proof("node1"))
     turn(supervisor)
     assert supervisor.state.incidents == ()
+    played = supervisor.socket
+    assert played.orders["node1"].ack_seq < played.seq, "who takes over must be told of it too"  # type: ignore[attr-defined]
     supervisor.leave_by_s = 0.0
     supervisor.try_finish(1.0)
     turn_until(supervisor, lambda: supervisor.exit_code is not None or len(supervisor.state.incidents) == 2)

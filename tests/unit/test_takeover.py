@@ -9,15 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
+
 from cluster import events
 from cluster.journal import Journal, read_events
-from cluster.messages import AgentReport, AgentStatus, Order, Readiness, Wish, WorkerExit
+from cluster.messages import AgentReport, AgentStatus, NumberedVerdict, Order, Readiness, Wish, WorkerExit
 from cluster.run import _adopt
 from cluster.rundir import RunDir
 from cluster.state import replay
 from cluster.supervisor import Supervisor
 from configs.load import load_job
-from health.verdict import Cause
+from health.verdict import Cause, Certainty, Severity, Verdict
+from tests.unit.stories import verdict
+from trainer.events import Fact, FactKind
 
 BRIEF = ("--health.heartbeat_interval_s", "0.05", "--health.heartbeat_timeout_s", "0.3", "--health.hang_floor_s", "5")
 Answer = Callable[["Played"], list[AgentReport]]
@@ -236,3 +240,50 @@ def test_a_node_that_was_given_up_and_comes_back_is_told_to_leave(tmp_path: Path
     turn_until(supervisor, lambda: "node1" in supervisor.socket.orders)  # type: ignore[attr-defined]
     assert supervisor.socket.orders["node1"].wish is Wish.SHUT_DOWN  # type: ignore[attr-defined]
     assert "node1" not in supervisor.views
+
+
+def faulty(certainty: Certainty) -> Verdict:
+    cause = Cause.GPU_DEGRADED if certainty is Certainty.HINT else Cause.GPU_FAULT
+    return verdict(cause, "node1", -1, 7, Severity.NODE, certainty=certainty)
+
+
+def given(certainty: Certainty) -> events.AnyEvent:
+    return at(events.VerdictGiven, generation=1, verdict=faulty(certainty), t_failed_wall_s=1.0, incident=1)
+
+
+def test_a_verdict_on_which_nothing_was_decided_is_decided_on(tmp_path: Path) -> None:
+    """Promise: a supervisor that dies between its verdict and its action leaves both to the next one."""
+    answer: Answer = lambda s: [s.ready(node, 1) for node in ("node0", "node1", "node2")]  # noqa: E731
+    supervisor = take_over(tmp_path, answer, (), (given(Certainty.PROOF),))
+    turn_until(supervisor, planned(supervisor, "node0", "node2"))
+    (incident,) = supervisor.state.incidents
+    assert (incident.action, supervisor.state.evicted) == ("replace", ("node1",))
+    assert (tmp_path / "incidents" / "1" / "verdict.json").exists()
+
+
+def test_corruption_that_was_only_written_down_is_judged(tmp_path: Path) -> None:
+    """Promise: a fact that accuses a node is not lost with the supervisor that read it."""
+    fact = Fact(
+        kind=FactKind.CORRUPTION_FOUND, node="node1", rank=2, generation=1, step=7, t_wall_s=1.0, detail="sums differ",
+        blamed=2,
+    )  # fmt: skip
+    answer: Answer = lambda s: [s.ready(node, 1) for node in ("node0", "node1", "node2")]  # noqa: E731
+    supervisor = take_over(tmp_path, answer, (), (at(events.WorkersReported, fact=fact),))
+    turn_until(supervisor, planned(supervisor, "node0", "node2"))
+    assert [each.verdict.cause for each in supervisor.state.incidents] == [Cause.SILENT_CORRUPTION]
+
+
+def test_what_was_judged_and_is_told_again_is_not_judged_again(tmp_path: Path) -> None:
+    """Promise: an agent that never heard that its verdict had arrived accuses nobody twice by telling it once more."""
+    answer: Answer = lambda s: [s.ready(node, 1) for node in ("node0", "node2")]  # noqa: E731
+    nothing = at(events.ActionTaken, incident=1, action="nothing", reason="r", node="node1")
+    supervisor = take_over(tmp_path, answer, (), (given(Certainty.HINT), nothing))
+    told = NumberedVerdict(1, faulty(Certainty.HINT), 1.0, 1)
+    report = msgspec.structs.replace(supervisor.socket.ready("node1", 1), verdicts=(told,))  # type: ignore[attr-defined]
+    supervisor.take(report)
+    supervisor.deciding.act(time.monotonic())
+    assert len(supervisor.state.failures) == 1
+    again = msgspec.structs.replace(report, verdicts=(told, msgspec.structs.replace(told, number=2)))
+    supervisor.take(again)
+    supervisor.deciding.act(time.monotonic())
+    assert len(supervisor.state.failures) == 2, "a later one is another one"
