@@ -79,7 +79,11 @@ class Rise:
 
 
 class GpuHistory:
-    """What is remembered of one GPU."""
+    """What is remembered of one GPU.
+
+    first, last: its readings, each value from the first and from the last one in which it could be read: one that the
+    driver now and then fails to give is compared all the same.
+    """
 
     def __init__(self, limits: GpuLimits) -> None:
         self.limits = limits
@@ -101,15 +105,15 @@ class GpuHistory:
             line = f"the driver says: {sample.lost}"
             return [fault("gpu lost", Severity.NODE, Certainty.PROOF, line)]
         found = [finding for signal in _SIGNALS for finding in signal(self, sample)]
-        self.last = sample
+        self.last = _filled(sample, self.last or sample)
         return found
 
     def _take(self, sample: GpuSample) -> None:
         self.now = sample
         if sample.lost:
             return
-        if self.first is None:
-            self.first = self.last = sample
+        self.first = sample if self.first is None else _filled(self.first, sample)
+        self.last = self.last or sample
         self.corrected = self._corrected.feed(sample.t_s, _larger(sample.corrected, sample.corrected_ever))
         self.replays = self._replays.feed(sample.t_s, sample.pcie_replays)
         self.link_errors = self._link_errors.feed(sample.t_s, sample.link_errors)
@@ -239,6 +243,12 @@ _SIGNALS: tuple[Callable[[GpuHistory, GpuSample], Iterator[Finding]], ...] = (
 def reason_words(reasons: int) -> list[str]:
     """What holds the clocks down, in words; only what means trouble."""
     return [words for bit, words in REASON_WORDS.items() if reasons & bit]
+
+
+def _filled(sample: GpuSample, other: GpuSample) -> GpuSample:
+    """The reading, with the other's values for those that could not be read."""
+    missing = {name: getattr(other, name) for name in sample.__struct_fields__ if getattr(sample, name) is None}
+    return msgspec.structs.replace(sample, **missing) if missing else sample
 
 
 def _held_down(sample: GpuSample) -> bool:

@@ -147,6 +147,26 @@ def test_a_rate_is_what_grew_within_the_window(steps: list[tuple[float, int]], w
         assert rise.feed(now_s, value) == sum(by for at, by in grown if at >= now_s - window_s)
 
 
+@pytest.mark.parametrize(("change", "name"), [
+    ({"uncorrected": 4, "uncorrected_ever": 5}, "ecc uncorrected"),
+    ({"links": (True,) * 17 + (False,)}, "nvlink down"),
+    ({"pcie_width": 4}, "pcie width"),
+    ({"remap_pending": True, "rows_uncorrectable": 2}, "remap pending"),
+])  # fmt: skip
+def test_what_cannot_be_read_now_and_then_is_compared_all_the_same(change: dict[str, object], name: str) -> None:
+    """Promise: a value that the driver failed to give is no fresh start, be it in the first reading or a later one."""
+    blind = msgspec.structs.replace(
+        HEALTHY, unreadable="ECC: unknown error", links=None, pcie_width=None, uncorrected=None, uncorrected_ever=None,
+        rows_uncorrectable=None,
+    )  # fmt: skip
+    bad = msgspec.structs.replace(HEALTHY, **change)  # type: ignore[arg-type]
+    for readings in ((blind, HEALTHY, bad, bad), (HEALTHY, blind, bad, bad)):
+        judge = GpuJudge("node1", LIMITS)
+        samples = (msgspec.structs.replace(each, t_s=5.0 * number) for number, each in enumerate(readings))
+        found = [verdict.fingerprint for each in samples for verdict in judge.sample(each, CARRIER)]
+        assert found == [name]
+
+
 def test_a_lost_gpu_has_no_other_news() -> None:
     """Promise: what cannot be read of a lost GPU is not mended, and the loss is said once."""
     said = watch({"remap_failed": True}, {"lost": "GPU is lost"}, {"lost": "GPU is lost"}, {"remap_failed": True})
