@@ -51,12 +51,16 @@ class Journal:
         """Write one event; those that a restarted supervisor decides by are on the disk when this returns.
 
         On a full disk the event waits in memory and the reason is returned: training does not end because its story
-        cannot be written, but a supervisor that dies before there is room leaves a gap.
+        cannot be written, but a supervisor that dies before there is room leaves a gap. Shared storage often says only
+        at fsync that it has no room; then the event may or may not be kept.
         """
         problem = self._file.keep(event)
         if problem is None and isinstance(event, _DURABLE):
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
+            try:
+                with self.path.open("rb") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                return error
         return problem
 
 

@@ -168,6 +168,13 @@ def test_a_full_disk_delays_the_journal_and_loses_nothing(tmp_path: Path) -> Non
     assert read_events(path) == [stories.started(1, 0.0), stories.stopped(0, 1.0)]
 
 
+def test_storage_that_only_fails_to_keep_what_it_took_ends_no_supervisor(tmp_path: Path) -> None:
+    """Promise: an error of fsync, by which shared storage often tells that it is full, is returned as any other."""
+    path = tmp_path / "events.jsonl"
+    path.symlink_to("/dev/null")  # takes every line, and refuses fsync
+    assert isinstance(Journal(path).append(stories.started(1, 0.0)), OSError)
+
+
 def test_metrics_are_read_past_a_torn_row_and_without_a_finite_loss(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     row = stories.record(1, 1, 10.0, 1.0, 0.1, 0.0)
