@@ -88,7 +88,8 @@ class Remembering:
                 return [
                     self._judged(event, each)
                     for each in (event.verdict, *event.others)
-                    if each.node and (speaks_against(each) or each.certainty is Certainty.HINT)
+                    if each.node and each.severity is not Severity.NOTICE
+                    if speaks_against(each) or each.certainty is Certainty.HINT
                 ]
             case events.ActionTaken() if event.action in ("replace", "evict") and event.node:
                 return self._evicted(event)

@@ -232,16 +232,19 @@ class Deaf:
 
 
 def test_a_run_writes_what_its_journal_says_of_nodes(tmp_path: Path) -> None:
-    """Promise: verdicts on nodes, evictions and hours reach the history; the application's own errors and nodes that
-    are taken away do not speak against anybody."""
+    """Promise: verdicts on nodes, evictions and hours reach the history; the application's own errors, nodes that are
+    taken away, and what was only noted do not speak against anybody."""
     file = HistoryFile(tmp_path / "nodes.jsonl")
     memory = Remembering(Deaf(), file, "story")
     lost = verdict(Cause.NODE_LOST, "node1", -1, 7, Severity.NODE)
     killed = verdict(Cause.WORKER_KILLED, "node0")
     taken = verdict(Cause.PREEMPTED, "node2", -1, 9, Severity.NODE)
+    noted = verdict(Cause.GPU_DEGRADED, "node0", -1, 7, Severity.NOTICE, "xid 43", Certainty.HINT)
     for event in (
         *(stories.ready(f"node{i}", NOW_S) for i in range(3)),
-        stories.given(lost, 1, 1, NOW_S + 1800, others=(killed,)),
+        stories.given(noted, 1, 0, NOW_S + 1700),
+        stories.action("nothing", 0, NOW_S + 1700, "node0"),
+        stories.given(lost, 1, 1, NOW_S + 1800, others=(killed, noted)),
         stories.action("replace", 1, NOW_S + 1800, "node1", "node2"),
         NodeEvicted(t_wall_s=NOW_S + 1800, t_mono_s=0.0, node="node1", reason="x"),
         stories.given(verdict(Cause.USER_ERROR, "node0"), 2, 2, NOW_S + 1900),
