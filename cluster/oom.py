@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ _MACHINE = Path("/proc/vmstat")
 _LINE = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _MOST_GROUPS = 1000
+RECENT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -71,30 +73,47 @@ def _plain(field: str) -> str:
 
 
 class OomWatch:
-    """What the counters say since `begin`: of this process' group and those below, and of the groups of workers."""
+    """What the counters say now: of this process' group and those below, and of the groups of workers.
 
-    def __init__(self) -> None:
+    A worker that the kernel ended is looked at within moments. A kill that was counted longer ago, and that all
+    workers survived, was somebody else's: only what rose since the look before the last counts. recent_s: looks are at
+    least so far apart. Used by the threads of an agent: what they share is replaced, never changed in place.
+    """
+
+    def __init__(self, recent_s: float = RECENT_S) -> None:
         self._mounts = find_mounts(Path("/proc/self/mountinfo").read_text())
-        self._counts: dict[Path, int] = {}
+        self._recent_s = recent_s
+        self._before: dict[Path, int] = {}
+        self._last: dict[Path, int] = {}
+        self._looked_s = float("-inf")
 
     def begin(self) -> None:
-        """From now on."""
-        self._counts = {path: count for path in self._own() if (count := _read(path)) is not None}
+        """From now on, for new workers."""
+        self._looked_s = time.monotonic()
+        self._before = self._last = self._read_all(self._own())
 
     def follow(self, pids: Iterable[int]) -> None:
-        """Look at the groups of these processes too, wherever they were put."""
-        for pid in pids:
-            path = self._counter(str(pid))
-            if path is not None and path not in self._counts:
-                self._counts[path] = _read(path) or 0
+        """The workers run: look at the groups of these processes too, wherever they were put."""
+        paths = {path for pid in pids if (path := self._counter(str(pid))) is not None}
+        if new := paths - self._last.keys():
+            counts = {path: _read(path) or 0 for path in new}
+            self._before, self._last = {**counts, **self._before}, {**self._last, **counts}
+        if time.monotonic() - self._looked_s >= self._recent_s:
+            self._looked_s = time.monotonic()
+            self._before, self._last = self._last, self._read_all([*self._last, *self._own()])
 
     def scope(self) -> str:
-        """Where kills were counted since `begin`, in words; "" for nowhere."""
-        for path in dict.fromkeys([*self._counts, *self._own()]):
+        """Where kills were counted of late, in words; "" for nowhere."""
+        before = self._before
+        for path in dict.fromkeys([*before, *self._own()]):
             count = _read(path)
-            if count is not None and count > self._counts.get(path, 0):
+            if count is not None and count > before.get(path, 0):
                 return "this machine" if path == _MACHINE else f"cgroup {path.parent}"
         return ""
+
+    @staticmethod
+    def _read_all(paths: Iterable[Path]) -> dict[Path, int]:
+        return {path: count for path in paths if (count := _read(path)) is not None}
 
     def _own(self) -> list[Path]:
         counter = self._counter("self")

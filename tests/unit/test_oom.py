@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,25 @@ def test_a_real_oom_kill_in_a_group_below_is_seen_and_belongs_to_its_generation(
         kill.kill()
         assert feed(kill) == -signal.SIGKILL
         assert watch.scope() == ""
+
+
+def test_a_kill_that_the_workers_survived_long_ago_explains_no_later_end() -> None:
+    """Promise: a loader's child that ran out of memory in the first hour does not make a SIGKILL of the tenth one."""
+    watch = OomWatch(recent_s=0.05)
+    watch.begin()
+    with MemoryGroup("everstep-test-early", 64 << 20) as group:
+        process = eater()
+        group.add(process.pid)
+        assert feed(process) == -signal.SIGKILL
+        assert watch.scope() == f"cgroup {group.path}"
+        for _ in range(2):
+            threading.Event().wait(0.06)
+            watch.follow([])
+        assert watch.scope() == ""
+        again = eater()
+        group.add(again.pid)
+        assert feed(again) == -signal.SIGKILL
+        assert watch.scope() == f"cgroup {group.path}"
 
 
 def test_a_worker_is_followed_into_its_group() -> None:
