@@ -211,14 +211,16 @@ class _Case:
         self.because.append(f"against {weight.node}: {_words(weight)}")
         if not weight.gone and weight.certainty is Certainty.HINT:
             return Nothing(f"{what(verdict)}, one piece of evidence evicts nobody; training is not touched.")
+        if not weight.gone and self._evictions_left() < 1:
+            if not state.order and weight.certainty is Certainty.PROOF:
+                return self._over_the_limit(verdict, proven=True, running=False)
+            return Nothing(f"{what(verdict)}, but health.max_evictions_per_hour is reached; training is not touched.")
         if not state.order and len(left) < wanted:
             return Stop(
                 ExitCode.REQUEUE,
                 f"{what(verdict)} before training began; {len(left)} of {wanted} nodes are left and no spare. "
                 "Run the same command again when the node is back.",
             )
-        if state.order and not weight.gone and self._evictions_left() < 1:
-            return Nothing(f"{what(verdict)}, but health.max_evictions_per_hour is reached; training is not touched.")
         return Evict(verdict.node, f"{what(verdict)}, and the node holds no ranks; training is not touched.")
 
 

@@ -207,6 +207,23 @@ def test_a_spare_is_evicted_on_evidence_and_not_on_a_hint() -> None:
     assert not state.open_incidents
 
 
+def test_before_training_begins_the_limit_holds_too() -> None:
+    """Promise: where the judge is wrong (a tie between versions, a broken self-test), the run stops at the limit and
+    asks for a person, instead of putting node after node out; nodes that are gone do not count."""
+    config, state = limited(spares=4, evictions=2), replay([stories.started(1, 0.0)])
+    for number in range(6):
+        state = apply(state, stories.ready(f"node{number}", 1.0))
+    for number in range(2):
+        state, action = suffer(state, about(Cause.PREFLIGHT_FAILED, PROOF, f"node{number}"), config, 10.0 + number)
+        assert isinstance(action, Evict)
+    stop = act(about(Cause.PREFLIGHT_FAILED, PROOF, "node2"), state, config)
+    assert isinstance(stop, Stop)
+    assert stop.exit_code == 93
+    assert "2 nodes have been evicted on evidence within an hour" in stop.reason
+    assert "what judges them" in stop.reason
+    assert isinstance(act(about(Cause.NODE_LOST, LIKELY, "node2"), state, config), Evict)
+
+
 def test_two_bad_nodes_in_one_incident_are_both_dealt_with() -> None:
     """Promise: what an action leaves unsettled is handed back, hints excepted."""
     first, second, hint = (about(Cause.GPU_FAULT, PROOF, f"node{i}") for i in (0, 1, 1))
