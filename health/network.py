@@ -10,6 +10,7 @@ border's, a switch or a route.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
@@ -86,19 +87,24 @@ def next_round(nodes: Sequence[str], ways: Iterable[Way]) -> list[Pair]:
     group = {node: i for i, members in enumerate(found.groups) for node in members}
     suspects = [*found.nodes, *dict.fromkeys(node for pair in found.links for node in pair), *sorted(group)]
     wanted = {**dict.fromkeys(suspects, SOUND_PARTNERS), **dict.fromkeys(set(nodes) - set(suspects), 1)}
-    free = [node for node in nodes if node not in found.nodes]
+    bad = frozenset(found.nodes)
+    met: Counter[str] = Counter()
+    for one, other in by_pair:
+        if not group or group.get(one) != group.get(other):
+            met.update({one: other not in bad, other: one not in bad})
+    # Those that may still be a partner in this round, in their order.
+    free = dict.fromkeys(node for node in nodes if node not in bad)
     taken: set[str] = set()
     chosen: list[Pair] = []
     for suspect in sorted(nodes, key=lambda node: -wanted[node]):
-        partners = [
-            other for other in free if other != suspect and (not group or group.get(other) != group.get(suspect))
-        ]
-        left = [other for other in partners if _pair(suspect, other) not in by_pair]
-        if len(partners) - len(left) >= wanted[suspect] or suspect in taken:
+        if met[suspect] >= wanted[suspect] or suspect in taken:
             continue
-        partner = next((other for other in left if other not in taken), None)
+        fitting = (node for node in free if not group or group.get(node) != group.get(suspect))
+        partner = next((node for node in fitting if node != suspect and _pair(suspect, node) not in by_pair), None)
         if partner is not None:
             taken |= {suspect, partner}
+            free.pop(suspect, None)
+            free.pop(partner)
             chosen.append(_pair(suspect, partner))
     return chosen
 
@@ -200,10 +206,11 @@ def _groups(by_pair: Collection[Pair], bad: Collection[Pair]) -> tuple[tuple[str
     group: dict[str, set[str]] = {node: {node} for pair in by_pair for node in pair}
     for pair in by_pair:
         if pair not in bad and group[pair[0]] is not group[pair[1]]:
-            joined = group[pair[0]] | group[pair[1]]
-            for node in joined:
-                group[node] = joined
-    parts = {tuple(sorted(members)) for members in group.values()}
+            small, large = sorted((group[pair[0]], group[pair[1]]), key=len)
+            large |= small
+            for node in small:
+                group[node] = large
+    parts = [tuple(sorted(members)) for members in {id(members): members for members in group.values()}.values()]
     if len(parts) < 2 or min(map(len, parts)) < 2:
         return ()
     return tuple(sorted(parts, key=lambda part: (-len(part), part)))

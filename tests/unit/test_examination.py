@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import statistics
+import time
 
 import msgspec
 import pytest
@@ -127,6 +129,44 @@ def test_a_slow_gpu_is_found_among_noisy_ones(nodes: int, seed: int, part: float
     assert (accused.node, accused.device) == (slow, "cuda:2")
     assert "below the" in accused.evidence[0]
     assert slow_devices(machines, 0.0) == []
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from([1.0, 2.0, 5.0, 9.0])), max_size=24))
+def test_a_node_is_held_against_the_median_of_the_others(found: list[tuple[str, float]]) -> None:
+    """Promise: exactly those are slow that are below the limit of what all other nodes' devices reach."""
+    machines = {
+        node: Machine(
+            figures=tuple(
+                Figure(name="matmul", device=f"cuda:{i}", model="H100", value=value, unit="T")
+                for i, (owner, value) in enumerate(found)
+                if owner == node
+            )
+        )
+        for node in "abcdef"
+    }
+    slow = set()
+    for node, value in found:
+        others = [other for peer, other in found if peer != node]
+        if len(others) >= 3 and value < 0.8 * statistics.median(others):
+            slow.add(node)
+    assert {each.node for each in slow_devices(machines, 20.0)} == slow
+
+
+def test_a_large_fleet_is_compared_in_no_time() -> None:
+    """Promise: it is done at each restart, and nobody is heard meanwhile."""
+    machines = {
+        f"n{i:04d}": Machine(
+            figures=tuple(
+                Figure(name=name, device=f"cuda:{gpu}", model="H100", value=700.0 + gpu, unit="T")
+                for name in ("matmul", "memory")
+                for gpu in range(8)
+            )
+        )
+        for i in range(1024)
+    }
+    begun_s = time.process_time()
+    assert slow_devices(machines, 20.0) == []
+    assert time.process_time() - begun_s < 2.0
 
 
 def test_too_few_make_no_median() -> None:

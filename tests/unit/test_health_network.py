@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +59,19 @@ def test_a_sound_network_is_left_alone(count: int, seed: int, slow: bool) -> Non
     wires = Wires(names(count), set(), set(), slow, seed)
     assert find_bad(wires.matrix()) == Findings()
     assert wires.rounds <= math.ceil(math.log2(count))
+
+
+def test_a_large_network_is_judged_in_no_time() -> None:
+    """Promise: the supervisor, which has heartbeats to hear meanwhile, finds out whom to measure next in a moment."""
+    nodes = [f"node{i:04d}" for i in range(4096)]
+    wires = Wires(nodes, {"node0007"}, set(), False)
+    ways = [wires.measure(*pair) for pairs in first_rounds(nodes) for pair in pairs]
+    begun_s = time.process_time()
+    more = next_round(nodes, ways)
+    assert time.process_time() - begun_s < 2.0
+    assert more == []
+    parted = [way(a, b, 1000.0) for a, b in zip(nodes[::2], nodes[1::2], strict=True)]
+    assert len(next_round(nodes, parted)) == 2048
 
 
 @given(st.data(), st.integers(5, 32), st.booleans(), st.integers(0, 99))
