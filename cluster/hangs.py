@@ -40,8 +40,15 @@ class HangWatch:
         self._since_s = float("-inf")
         self._look_again_s = 0.0
 
-    def consider(self, standing: Standing | None, views: Mapping[str, AgentView], now_s: float) -> Hang | None:
-        """What to make of ranks that stand still (None: they do not). Called many times a second."""
+    def consider(
+        self, standing: Standing | None, views: Mapping[str, AgentView], now_s: float, hushed: bool = False
+    ) -> Hang | None:
+        """What to make of ranks that stand still (None: they do not). Called many times a second.
+
+        hushed: they were not looked at, as an agent is silent for a moment: what was asked for is still wanted.
+        """
+        if standing is None and hushed:
+            return None
         if standing is None or standing.since_s != self._since_s:
             self.collect, self._look_again_s = 0, 0.0
             self._since_s = float("-inf") if standing is None else standing.since_s

@@ -148,7 +148,8 @@ class Noticing:
 
     def standing_still(self, now_s: float) -> list[Suspicion]:
         """A hang, if the workers of the current generation make no progress and the evidence says so too."""
-        hang = self.hangs.consider(self.progress.standing(now_s), self.views, now_s)
+        standing, hushed = self.progress.standing(now_s), bool(self.progress.hushed(now_s))
+        hang = self.hangs.consider(standing, self.views, now_s, hushed)
         if hang is None:
             return []
         return [Suspicion(hang.verdict, time.time() - (now_s - self.progress.last_advance_s), hang.files)]

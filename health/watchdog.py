@@ -203,6 +203,16 @@ class Progress:
         """When any rank was last seen to advance."""
         return self._last_advance_s
 
+    def hushed(self, now_s: float) -> list[str]:
+        """Nodes that are silent, if only for SILENT_INTERVALS: nothing is known of their ranks for now."""
+        config, nodes = self._config, []
+        limit_s = min(config.heartbeat_timeout_s, SILENT_INTERVALS * config.heartbeat_interval_s)
+        for node, heard_s in self._heard_s.items():
+            if now_s - heard_s <= limit_s:
+                break
+            nodes.append(node)
+        return nodes
+
     def bound_s(self) -> float:
         """How long the ranks may stand still now."""
         return hang_bound_s(self._recent(), self._config)
@@ -215,22 +225,24 @@ class Progress:
     def standing(self, now_s: float) -> Standing | None:
         """Whether no rank has advanced for the bound and one heartbeat (what an advance needs to get here).
 
-        None as long as a node is silent, if only for SILENT_INTERVALS: that may become a lost node's matter. A rank
-        that is stopped or dead by its /proc state needs no more proof than hang_floor_s without progress, even during
-        start-up. Ranks that all have finished may take startup_timeout_s to leave.
+        None as long as a node is `hushed`: that may become a lost node's matter. But an agent that falls silent again
+        and again, and is never lost, does not keep a hang from being told for ever: heartbeat_timeout_s past the last
+        bound the others are judged without it. A rank that is stopped or dead by its /proc state needs no more proof
+        than hang_floor_s without progress, even during start-up. Ranks that all have finished may take
+        startup_timeout_s to leave.
         """
         config = self._config
         since_s = self._attention.tick(now_s)
-        hushed_s = min(config.heartbeat_timeout_s, SILENT_INTERVALS * config.heartbeat_interval_s)
-        if now_s - next(iter(self._heard_s.values()), now_s) > hushed_s:
-            return None
+        hushed = self.hushed(now_s)
         still_s = now_s - max(self.last_advance_s, since_s)
         if still_s <= min(config.hang_floor_s, config.startup_timeout_s) + config.heartbeat_interval_s:
             return None  # no bound is shorter, and this is asked many times a second
         bound_s, derived = self._derive_bound(now_s)
-        if not self._ranks or still_s <= bound_s + config.heartbeat_interval_s:
+        last_s = last_hang_bound_s(config, bound_s)
+        patience_s = last_s + config.heartbeat_timeout_s if hushed else bound_s + config.heartbeat_interval_s
+        if not self._ranks or still_s <= patience_s:
             return None
-        suspects, why = self._suspects()
+        suspects, why = self._suspects(hushed)
         nodes = {self._ranks[rank].node for rank in suspects}
         started = self._started()
         stopped = any(self._ranks[rank].stopped_since_s is not None for rank in suspects)
@@ -253,7 +265,7 @@ class Progress:
             since_s=self.last_advance_s,
             still_s=still_s,
             bound_s=bound_s,
-            last_s=last_hang_bound_s(config, bound_s),
+            last_s=last_s,
             phases=phases,
         )
 
@@ -293,9 +305,12 @@ class Progress:
             return config.hang_floor_s, "health.hang_floor_s, a process is stopped or dead"
         return bound_s, derived
 
-    def _suspects(self) -> tuple[list[int], str]:
-        """The ranks that hold the others up, and why they are suspected; none if all of them wait."""
-        everyone = self._ranks
+    def _suspects(self, hushed: Sequence[str]) -> tuple[list[int], str]:
+        """The ranks that hold the others up, and why they are suspected; none if all of them wait. What was last heard
+        of nodes that are hushed is old."""
+        everyone = {number: rank for number, rank in self._ranks.items() if rank.node not in hushed}
+        if not everyone:
+            return [], "all nodes are silent"
         for letters, why in ((_STOPPED_STATES, "its process is stopped or dead"), (frozenset("tD"), "it is blocked")):
             found = [number for number, rank in everyone.items() if rank.state in letters and rank.state]
             if found and len(found) < len(everyone):

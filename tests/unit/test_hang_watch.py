@@ -111,6 +111,19 @@ def test_an_advance_takes_the_request_back() -> None:
     assert watch.consider(standing(3.2, since_s=9.0), {}, 12.2) is None
 
 
+def test_an_agent_that_is_silent_for_a_moment_costs_no_evidence() -> None:
+    """Promise: what was asked for is not forgotten because ranks could not be looked at in between."""
+    watch = HangWatch(TIMEOUTS, NODES)
+    assert watch.consider(standing(3.2), {}, 3.2) is None
+    asked = watch.collect
+    assert watch.consider(None, {}, 4.9, hushed=True) is None
+    assert watch.collect == asked > 0
+    answers = {node: view(node, Evidence(asked, process(rank, "ST"[rank]))) for rank, node in NODES.items()}
+    found = watch.consider(standing(5.2), answers, 5.2)
+    assert found is not None
+    assert found.verdict.node == "node1"
+
+
 @given(
     st.floats(0.01, 60), st.floats(0.1, 300), st.floats(1, 20), st.floats(0.1, 600), st.floats(1, 20),
     st.floats(1, 7200),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import HealthConfig
+from configs.timeouts import last_hang_bound_s
 from health.verdict import Cause, Verdict
 from health.watchdog import Attention, Progress, hang_bound_s, lost_nodes
 from trainer.events import Beat, Phase
@@ -188,6 +189,26 @@ def test_a_silent_node_is_not_a_hang() -> None:
     for second in range(101, 140):
         progress.feed(float(second), "node0", [Seen(0, beat(2)), Seen(1, beat(2))])
         assert progress.judge(float(second)) is None
+
+
+def test_an_agent_that_is_late_again_and_again_hides_no_hang_for_ever() -> None:
+    """Promise: past the last bound the others are judged, and nothing old is held against the late one's ranks."""
+    beats: dict[int, Beat | None] = dict.fromkeys(NODES, beat(2, Phase.VOTE))
+    beats[2] = beat(2, Phase.DATA)
+    progress = moving(beats)
+    last_s = last_hang_bound_s(CONFIG, CONFIG.hang_floor_s) + CONFIG.heartbeat_timeout_s
+    found: tuple[float, Verdict] | None = None
+    for half in range(2 * int(last_s + 10)):
+        now_s = 100.5 + half / 2
+        progress.feed(now_s, "node0", [Seen(0, beats[0]), Seen(1, beats[1])])
+        verdict = progress.judge(now_s)
+        if verdict is not None:
+            found = (now_s, verdict)
+            break
+    at_s, verdict = found or pytest.fail("no verdict")
+    assert last_s < at_s - 100.0 <= last_s + 1.5
+    assert (verdict.node, verdict.rank) == ("", -1)
+    assert progress.hushed(at_s) == ["node1"]
 
 
 def test_a_supervisor_that_was_itself_stopped_blames_nobody() -> None:
