@@ -89,7 +89,7 @@ class DcgmWatch:
         while not self._stop.wait(self._interval_s):
             try:
                 incidents = read_health(run_tool(("dcgmi", "health", "--check", "--json"), self._timeout_s))
-            except (ToolError, ValueError) as error:
+            except (ToolError, OSError, ValueError) as error:
                 if str(error) != complaint:
                     complaint = str(error)
                     logger.warning("DCGM gives no verdict: %s", complaint)

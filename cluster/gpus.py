@@ -26,6 +26,7 @@ from health.verdict import Verdict
 _POLL_S = 0.25
 _BACKOFF_S = (0.5, 2.0, 10.0, 60.0)
 _SILENT_TIMEOUTS = 2.0
+_UNSTARTED = 3
 
 logger = logging.getLogger("everstep.gpus")
 
@@ -90,18 +91,27 @@ class GpuWatch:
             self._thread.join(_POLL_S + _SILENT_TIMEOUTS * 2)
 
     def _run(self) -> None:
-        failures = 0
+        failures = unstarted = 0
         while not self._stop.is_set():
             began_s = time.monotonic()
-            absent = self._follow_one_probe()
+            try:
+                absent, unstarted = self._follow_one_probe(), 0
+            except OSError as error:
+                # A node that is out of processes, memory or files is ill, and its GPUs must not go unwatched for that.
+                absent, unstarted = None, unstarted + 1
+                logger.warning("the GPU probe cannot be run: %s", error)
+                if unstarted >= _UNSTARTED:
+                    self._tell(self._judge.unwatched(str(error), unstarted, self.carrier(-1)))
             if absent is not None and not self._local_ranks:
                 self._ask_amd(absent)
                 return
             if absent is not None:
                 self._tell(self._judge.driver_gone(absent, self.carrier(-1)))
             # One that worked for long begins anew with the shortest wait.
-            failures = 0 if time.monotonic() - began_s > 2 * _BACKOFF_S[-1] else failures + 1
-            self._stop.wait(_BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1])
+            failures = 1 if time.monotonic() - began_s > 2 * _BACKOFF_S[-1] else failures + 1
+            # What a probe costs is paid when it runs; one that does not even start is tried again soon.
+            longest = _UNSTARTED - 1 if unstarted else len(_BACKOFF_S)
+            self._stop.wait(_BACKOFF_S[min(failures, longest) - 1])
 
     def _follow_one_probe(self) -> str | None:
         """Run one probe until it ends or has to be killed; returns why there is nothing to probe, if it says so."""
@@ -144,7 +154,7 @@ class GpuWatch:
         while not self._stop.wait(max(self._start.interval_s, self._tool_interval_s)):
             try:
                 samples = reader(self._start.timeout_s)
-            except (ToolError, ValueError) as error:
+            except (ToolError, OSError, ValueError) as error:
                 if str(error) != complaint:
                     complaint = str(error)
                     logger.warning("AMD GPUs cannot be read: %s", complaint)

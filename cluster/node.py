@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -27,6 +28,8 @@ from trainer.timings import NewSteps, TimesFile
 
 _LOG_TAIL_BYTES = 65536
 
+logger = logging.getLogger("everstep.node")
+
 
 class Node:
     """One node: the pieces of the agent and the callbacks that tie them together."""
@@ -46,6 +49,7 @@ class Node:
         self.collector = Collector(self.ram_dir, self.workers, self.state.show, derive(config).evidence_s)
         self.facts_read = [0] * len(self.local_ranks)
         self._facts_lock = threading.Lock()
+        self._facts_problem = ""
         self.oom = OomWatch()
         self.log_starts: dict[int, int] = {}
 
@@ -137,11 +141,22 @@ class Node:
         return self.plan is not None and all(b is not None and b.generation == self.plan.generation for b in beats)
 
     def forward_facts(self) -> None:
-        """Pass on what workers wrote since the last call."""
+        """Pass on what workers wrote since the last call. A line that is none is left out; what cannot be read now is
+        read the next time."""
         with self._facts_lock:
             for local_rank in self.local_ranks:
-                for line in self._new_fact_lines(local_rank):
-                    self.state.note(msgspec.json.decode(line, type=Fact))
+                try:
+                    lines, problem = self._new_fact_lines(local_rank), ""
+                except OSError as error:
+                    lines, problem = (), str(error)
+                if problem not in ("", self._facts_problem):
+                    logger.warning("what workers write cannot be read for now: %s", problem)
+                self._facts_problem = problem or self._facts_problem
+                for line in lines:
+                    try:
+                        self.state.note(msgspec.json.decode(line, type=Fact))
+                    except msgspec.DecodeError as error:
+                        logger.warning("local rank %d wrote what is no fact (%s): %r", local_rank, error, line[:200])
 
     def _new_fact_lines(self, local_rank: int) -> Sequence[bytes]:
         path = facts_path(self.ram_dir, local_rank)

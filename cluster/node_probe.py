@@ -166,12 +166,22 @@ class NodeWatch(threading.Thread):
     def run(self) -> None:
         """Until `stop`."""
         while not self._leave.wait(self._interval_s):
-            self.newest = self._probe.read()
+            self.newest = self._read()
             step = self._newest_step()
             also = [verdict for judge in self._others if (verdict := judge(step)) is not None]
             for verdict in [*self._judge.judge(self.newest, step), *also]:
                 logger.warning("%s: %s", verdict.cause.value, verdict.evidence[0])
                 self._accuse(verdict)
+
+    def _read(self) -> NodeFacts:
+        """A reading, come what may: what makes a node ill (no processes, no memory, no files left) also keeps it from
+        being looked at, and must not end the looking."""
+        try:
+            return self._probe.read()
+        except (OSError, ValueError) as error:
+            logger.warning("this node could not be looked at: %s", error)
+            self._probe.close()
+            return NodeFacts(t_mono_s=time.monotonic(), unread=str(error))
 
     def stop(self) -> None:
         """End the thread and its child; one that waits for a disk is left to end by itself."""

@@ -118,8 +118,8 @@ class Rechecks(threading.Thread):
                 continue
             try:
                 tests = forked_selftest(settings, lambda: self._leave.is_set() or not self._state.idle)
-            except SelfTestError as error:
-                # At the lowest priority on a busy machine, slowness is no proof of anything.
+            except (SelfTestError, OSError, EOFError) as error:
+                # No process to be had; or at the lowest priority on a busy machine, slowness is no proof of anything.
                 logger.warning("the repeated known-answer tests gave no result: %s", error)
                 continue
             verdict = None if tests is None else judge_recheck(self._state.node, tests)

@@ -80,6 +80,15 @@ class GpuJudge:
         line = f"the GPU probe has said nothing for {for_s:.1f} s (its process state is {state or 'unknown'})"
         return self._news(-1, fault("gpu probe silent", Severity.NODE, Certainty.HINT, line), carrier)
 
+    def unwatched(self, why: str, times: int, carrier: Carrier) -> list[Verdict]:
+        """No probe can be started: the node's trouble, which its own probe has too, and so no second witness."""
+        line = f"no process that reads them could be started, {times} times in a row: {why}"
+        finding = Finding(
+            name="gpus not watched", cause=Cause.NODE_DEGRADED, severity=Severity.NODE, certainty=Certainty.HINT,
+            line=line,
+        )  # fmt: skip
+        return self._news(-1, finding, carrier)
+
     def driver_gone(self, reason: str, carrier: Carrier) -> list[Verdict]:
         """A driver that answered before cannot be opened any more."""
         line = f"the driver answered before and no longer does: {reason}"

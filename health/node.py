@@ -103,9 +103,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True, tag="node"):
-    """One reading of a node. t_mono_s: the node's own monotonic clock."""
+    """One reading of a node. t_mono_s: the node's own monotonic clock. unread: why nothing could be read at all."""
 
     t_mono_s: float
+    unread: str = ""
     disks: tuple[DiskFacts, ...] = ()
     memory: MemoryFacts | None = None
     controllers: tuple[MemoryController, ...] = ()
@@ -155,6 +156,12 @@ class NodeJudge:
 
     def troubles(self, facts: NodeFacts) -> Iterator[Trouble]:
         """All that is wrong in this reading, judged with the ones before it."""
+        if facts.unread:
+            yield Trouble(
+                cause=Cause.NODE_DEGRADED, severity=Severity.NODE, certainty=Certainty.HINT, device="",
+                fingerprint="node not watched", times=_SUSTAINED,
+                line=f"it cannot be looked at: {facts.unread}",
+            )  # fmt: skip
         for disk in facts.disks:
             yield from disk_troubles(disk)
         if facts.memory is not None:

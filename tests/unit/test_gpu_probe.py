@@ -16,6 +16,7 @@ from cluster.gpus import GpuWatch, Place
 from configs.schema import HealthConfig
 from health.verdict import Cause, Certainty, Severity, Verdict
 from tests.fake_gpus import FakeGpus
+from tests.files import few_files
 
 pytest.importorskip("pynvml")
 HEALTH = HealthConfig(gpu_interval_s=0.1, gpu_timeout_s=1.0, gpu_throttle_samples=4, dcgm_interval_s=0)
@@ -119,6 +120,20 @@ def test_an_xid_is_told_at_once_also_of_a_lost_gpu(eye: Eye) -> None:
     assert eye.next().fingerprint == "gpu lost"
     eye.gpus.xid("node1", 0, 48)
     assert eye.next().device == "gpu0", "the others' XIDs are heard beside a lost GPU"
+
+
+def test_a_node_without_files_left_is_accused_and_its_gpus_are_watched_again(gpus: FakeGpus) -> None:
+    """Promise: a probe that cannot be started ends no watch; it is a hint, of the cause that the node's own probe names
+    too, so that both are one witness."""
+    eye = Eye(gpus)
+    with few_files():
+        eye.watch.start()
+        verdict = eye.next()
+    assert (verdict.cause, verdict.certainty) == (Cause.NODE_DEGRADED, Certainty.HINT)
+    assert "Too many open files" in verdict.evidence[0]
+    gpus.set("node1", 2, "remap_failed", 1)
+    assert eye.next().device == "gpu2"
+    eye.watch.stop()
 
 
 def test_a_call_that_never_returns_is_named_and_killed(eye: Eye) -> None:

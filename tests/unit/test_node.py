@@ -15,6 +15,7 @@ from cluster.messages import Assignment
 from cluster.node import Node
 from cluster.rundir import RunDir
 from configs.load import load_job
+from tests.files import few_files
 from trainer.events import Fact, FactKind, Phase, WorkerError, append_line
 from trainer.paths import error_path, facts_path, rank_log, transfer_key_path
 
@@ -37,6 +38,22 @@ def test_facts_come_before_readiness(node: Node) -> None:
     append_line(facts_path(node.ram_dir, 0), fact)
     node.take_inventory()
     assert [numbered.fact for numbered in node.state.report().facts] == [fact]
+
+
+def test_a_line_that_is_no_fact_and_a_file_that_cannot_be_read_lose_no_other(node: Node) -> None:
+    """Promise: what one worker writes, or a moment without files left, keeps nobody's facts from being told."""
+    first = Fact(kind=FactKind.FIRST_STEP, node="node0", rank=0, generation=1, step=9, t_wall_s=1.0)
+    second = msgspec.structs.replace(first, step=10)
+    append_line(facts_path(node.ram_dir, 0), first)
+    with facts_path(node.ram_dir, 0).open("a") as file:
+        file.write("\x00 torn\n")
+    append_line(facts_path(node.ram_dir, 0), second)
+    append_line(facts_path(node.ram_dir, 1), first)
+    with few_files():
+        node.forward_facts()
+    assert node.state.report().facts == ()
+    node.forward_facts()
+    assert [numbered.fact for numbered in node.state.report().facts] == [first, second, first]
 
 
 def test_a_worker_is_judged_by_its_own_words(node: Node) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import subprocess
 import threading
@@ -18,7 +19,8 @@ from cluster.node_facts import LoadMeter, read_controllers, read_disk, read_memo
 from cluster.node_probe import Folder, NodeProbe, NodeWatch
 from configs.schema import HealthConfig
 from health.node import HUNG, NodeJudge, Place, PortKind
-from health.verdict import Cause, Verdict
+from health.verdict import Cause, Certainty, Verdict
+from tests.files import few_files
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -195,6 +197,25 @@ def test_a_child_that_is_stopped_does_not_stop_the_agent(probe: NodeProbe) -> No
     assert probe.read().disks == ()
     assert len(probe.read().disks) == 2
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_node_without_files_left_is_accused_and_goes_on_being_watched(tmp_path: Path) -> None:
+    """Promise: what makes a node ill does not end the looking; it is a hint after a few readings, and no proof."""
+    said: queue.Queue[Verdict] = queue.Queue()
+    probe = NodeProbe([Folder(Place.RUN, str(tmp_path))], str(tmp_path))
+    watch = NodeWatch(probe, NodeJudge("node1", HealthConfig()), 0.05, lambda: 3, said.put)
+    with few_files():
+        watch.start()
+        verdict = said.get(timeout=30.0)
+    assert (verdict.cause, verdict.fingerprint, verdict.certainty) == (
+        Cause.NODE_DEGRADED, "node not watched", Certainty.HINT,
+    )  # fmt: skip
+    assert "Too many open files" in verdict.evidence[0]
+    deadline_s = time.monotonic() + 30.0
+    while watch.newest is None or not watch.newest.disks:
+        assert time.monotonic() < deadline_s
+        threading.Event().wait(0.02)
+    watch.stop()
 
 
 def test_the_watch_accuses(small_disk: Path, tmp_path: Path) -> None:
