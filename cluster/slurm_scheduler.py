@@ -77,6 +77,7 @@ class SlurmScheduler:
             )
         commands = SlurmCommands(environ, _CALL_TIMEOUT_S)
         names = commands.hostnames(environ["SLURM_JOB_NODELIST"])
+        answering = _answering(commands, names)
         return cls(
             run_dir,
             config.checkpoint.ram_dir,
@@ -84,14 +85,12 @@ class SlurmScheduler:
             checked_job(environ["SLURM_JOB_ID"]),
             names,
             commands,
-            Watchdog(run_dir, names, checked_node(environ["SLURMD_NODENAME"]), environ),
+            Watchdog(run_dir, answering, checked_node(environ["SLURMD_NODENAME"]), environ),
         )
 
     def node_names(self, count: int) -> list[str]:
         """See `Scheduler`: the nodes of the allocation that SLURM hears of, in its own order."""
-        rows = patiently(lambda: self.commands.nodes(self.names))
-        answering = {row.name for row in rows if row.answers}
-        return [name for name in self.names if name in answering]
+        return _answering(self.commands, self.names)
 
     def start(self, node: str) -> str:
         """See `Scheduler`."""
@@ -222,6 +221,11 @@ class SlurmScheduler:
             logger.warning("what a killed agent left in the memory of %s may still be there: %s", node, error)
 
 
+def _answering(commands: SlurmCommands, names: Sequence[str]) -> list[str]:
+    there = {row.name for row in patiently(lambda: commands.nodes(names)) if row.answers}
+    return [name for name in names if name in there]
+
+
 class _KnownSteps:
     """Names of a job's running steps, as SLURM said last. It is asked in the background, and only while somebody wants
     to know. While it does not answer, its last answer holds."""
@@ -238,11 +242,14 @@ class _KnownSteps:
         if wait and job_id not in self._known:
             self._asked_s[job_id] = time.monotonic()
             self._known[job_id] = patiently(lambda: self._ask(job_id))
-        elif time.monotonic() - self._asked_s.get(job_id, float("-inf")) > _FRESH_S:
-            if self._asking is None or self._asking.done():
-                self._asked_s[job_id] = time.monotonic()
-                self._asking = self.pool.submit(self._refresh, job_id)
+        elif self._idle and time.monotonic() - self._asked_s.get(job_id, float("-inf")) > _FRESH_S:
+            self._asked_s[job_id] = time.monotonic()
+            self._asking = self.pool.submit(self._refresh, job_id)
         return self._known.get(job_id)
+
+    @property
+    def _idle(self) -> bool:
+        return self._asking is None or self._asking.done()
 
     def _ask(self, job_id: str) -> frozenset[str]:
         return frozenset(step.name for step in self.commands.steps(job_id))

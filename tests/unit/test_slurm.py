@@ -106,7 +106,11 @@ def test_what_squeue_says_is_parsed(tmp_path: Path) -> None:
     assert slurm.jobs("5")[2].reason == "Job|Array, TaskLimit"
     assert [(step.id, step.name) for step in slurm.steps("5")] == [("5.0", "a|b")]
     status = SlurmBackend(ClusterProfile(), slurm).status("5")
-    assert (status.state, status.detail, status.nodes) == ("running", "running on node[1-3]", ("node1", "node2", "node3"))
+    assert (status.state, status.detail, status.nodes) == (
+        "running",
+        "running on node[1-3]",
+        ("node1", "node2", "node3"),
+    )
     forgotten = answering(tmp_path, squeue="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert SlurmBackend(ClusterProfile(), forgotten).status("5").state == "unknown"
     assert forgotten.steps("5") == []

@@ -28,8 +28,10 @@ from configs.profile import ClusterProfile, SlurmProfile, load_profile
 ROOT = Path(__file__).parents[2]
 LINE = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="\x85\u2028\u2029"))
 
+_SLURM = SlurmProfile()
 
-def request(tmp: Path, slurm: SlurmProfile = SlurmProfile(), **more: object) -> JobRequest:
+
+def request(tmp: Path, slurm: SlurmProfile = _SLURM, **more: object) -> JobRequest:
     """A request for two nodes and a spare."""
     config = load_job("debug_dense", ["--cluster.nodes", "2", "--cluster.ranks_per_node", "1", "--cluster.spares", "1"])
     made = JobRequest("job.toml", (), config, ClusterProfile(slurm=slurm), tmp / "runs" / "debug_dense", tmp)
@@ -93,7 +95,7 @@ def test_the_sample_profile_makes_a_script(tmp_path: Path) -> None:
 @settings(max_examples=50)
 @given(value=LINE, path=LINE.filter(lambda text: "\\" not in text), word=LINE)
 def test_nothing_that_is_named_becomes_code(value: str, path: str, word: str) -> None:
-    """Whatever stands in a profile, a path or an override comes out of sbatch's and the shell's parsers as it went in."""
+    """Whatever stands in a profile, a path or an override leaves sbatch's and the shell's parsers as it went in."""
     tmp = Path("/shared") / f"x{path.replace('/', '_')}"
     slurm = SlurmProfile(partition=value, options=(f"--licenses={value}",), modules=(value,), time_limit="60", chain=2)
     profile = ClusterProfile(environment={"SOME": value}, nccl={"debug": value}, slurm=slurm)
@@ -102,10 +104,11 @@ def test_nothing_that_is_named_becomes_code(value: str, path: str, word: str) ->
     found = options(script)
     assert (found.get("partition", ""), found["licenses"], found["chdir"]) == (value, value, str(tmp))
     assert found["output"].replace("%%", "%") == f"{tmp}/runs/debug_dense/slurm-%A_%a.out"
-    head, found_end, rest = script.partition("near_end_s=")
+    head, _, rest = script.partition("near_end_s=")
     # Everything else is the same in all scripts.
     assert rest == render_script(request(Path("/a"), slurm), "p").partition("near_end_s=")[2]
-    code = f"module() {{ printf '%s\\0' \"$@\"; }}\n{head}\nprintf '%s\\0' \"$SOME\" \"$NCCL_DEBUG\" \"$run_dir\" \"${{train[@]}}\""
+    show = '\nprintf \'%s\\0\' "$SOME" "$NCCL_DEBUG" "$run_dir" "${train[@]}"\n'
+    code = "module() { printf '%s\\0' \"$@\"; }\n" + head + show
     done = subprocess.run(["bash", "--norc"], input=code.encode(), capture_output=True, check=True, env={}, timeout=20)
     train = [word or "python", "-m", "cluster.cli", "run", word, "--run.dir", value]
     assert done.stderr == b""
@@ -116,7 +119,7 @@ def test_nothing_that_is_named_becomes_code(value: str, path: str, word: str) ->
 def test_a_second_line_is_refused(tmp_path: Path, text: str) -> None:
     """No text begins a line of its own, in which sbatch would read an option."""
     for slurm in (SlurmProfile(partition=text), SlurmProfile(setup=(text,)), SlurmProfile(options=(f"--x={text}",))):
-        with pytest.raises(ValueError, match="control character|not one line"):
+        with pytest.raises(ValueError, match=r"control character|not one line"):
             render_script(request(tmp_path, slurm), "python")
     with pytest.raises(ValueError, match="control character"):
         render_script(request(tmp_path, config_path=text), "python")
@@ -153,12 +156,12 @@ class Site:
         path.chmod(0o755)
         return str(path)
 
-    def start(self, supervisor: str, slurm: SlurmProfile = SlurmProfile(), **more: str) -> subprocess.Popen[str]:
+    def start(self, supervisor: str, slurm: SlurmProfile = _SLURM) -> subprocess.Popen[str]:
         """Run the script as SLURM would, with this supervisor."""
         script = self.home / "script"
         script.write_text(render_script(request(self.home, slurm), self.program("supervisor", supervisor)))
         path = f"{self.home / 'bin'}:{os.environ['PATH']}"
-        environ = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2", **more}
+        environ = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
         return subprocess.Popen(["bash", str(script)], env=environ, cwd=self.home, stdout=subprocess.PIPE, text=True)
 
     def calls(self) -> list[str]:
