@@ -29,6 +29,7 @@ from configs.load import load_job
 from trainer.exits import ExitCode
 
 _MONITOR_INTERVAL_S = 0.02
+_WATCH_INTERVAL_S = 0.1
 _CUT_OFF_GRACE_S = 5.0
 
 logger = logging.getLogger("everstep.agent")
@@ -105,7 +106,9 @@ def main() -> int:
     try:
         link.start()
         gpus.start()
-        threading.Thread(target=_watch, args=(node, link, stop, cut_off), name="watch", daemon=True).start()
+        threading.Thread(target=_watch, args=(node, link, stop), name="watch", daemon=True).start()
+        watch_lease = threading.Thread(target=_watch_lease, args=(node, link, stop, cut_off), name="lease", daemon=True)
+        watch_lease.start()
         if not examiner.fit():
             node.state.await_dismissal()
             return ExitCode.BAD_NODE
@@ -155,30 +158,35 @@ def _bind_collectives(interface: str) -> None:
         os.environ.setdefault(variable, interface)
 
 
-def _watch(node: Node, link: AgentLink, stop: threading.Event, cut_off: threading.Event) -> None:
-    """Forward facts; leave when there is nothing to do and nobody to say what next, or when this node is cut off."""
-    cluster, health = node.config.cluster, node.config.health
-    lease = LeaseWatch(node.run_dir.lease, cluster.lease_timeout_s, health.heartbeat_timeout_s)
-    while not stop.wait(_MONITOR_INTERVAL_S * 5):
+def _watch(node: Node, link: AgentLink, stop: threading.Event) -> None:
+    """Forward facts, and leave when there is nothing to do and nobody to say what next."""
+    while not stop.wait(_WATCH_INTERVAL_S):
         node.forward_facts()
-        if lease.cut_off(link.silent_s, time.monotonic()):
-            cut_off.set()
-            _leave_cut_off(node)
-            return
-        if node.state.idle and link.silent_s > cluster.supervisor_lost_timeout_s:
+        if node.state.idle and link.silent_s > node.config.cluster.supervisor_lost_timeout_s:
             logger.warning("no supervisor for %.0f s and nothing left to do: leaving", link.silent_s)
             node.state.leave()
             return
 
 
+def _watch_lease(node: Node, link: AgentLink, stop: threading.Event, cut_off: threading.Event) -> None:
+    """Leave when this node is cut off. In a thread of its own: nothing else that fails may keep it from that."""
+    cluster, health = node.config.cluster, node.config.health
+    lease = LeaseWatch(node.run_dir.lease, cluster.lease_timeout_s, health.heartbeat_timeout_s)
+    while not stop.wait(_WATCH_INTERVAL_S):
+        if lease.cut_off(link.silent_s, time.monotonic()):
+            cut_off.set()
+            _leave_cut_off(node)
+            return
+
+
 def _leave_cut_off(node: Node) -> None:
     """Others are getting this node's ranks: write nothing more, kill the workers, and end, whatever hangs."""
-    node.tiers.fence()
-    node.state.leave()
     # Workers die with this process: what keeps it (a file system that hangs, say) must not keep them.
     killer = threading.Timer(_CUT_OFF_GRACE_S, os._exit, (ExitCode.REQUEUE,))
     killer.daemon = True
     killer.start()
+    node.tiers.fence()
+    node.state.leave()
     # Last, since a log on a file system that hangs takes for ever.
     logger.warning("cut off: the supervisor lives and does not reach this node; it stops, others take its ranks")
 

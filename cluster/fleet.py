@@ -12,7 +12,7 @@ from cluster.messages import AgentReport, AgentStatus, Gather, HeldInfo
 _TIERS = ("ram", "peer", "node")
 
 
-class AgentView(msgspec.Struct, frozen=True):
+class AgentView(msgspec.Struct, frozen=True, gc=False):
     """The newest report of an agent, and when it arrived (this machine's monotonic clock)."""
 
     report: AgentReport

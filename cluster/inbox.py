@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from cluster.messages import AgentReport, NumberedVerdict, WorkerExit
 from trainer.events import Fact
+
+logger = logging.getLogger("everstep.supervisor")
 
 
 class Inbox:
@@ -25,12 +28,15 @@ class Inbox:
                 yield numbered.fact
 
     def verdicts(self, report: AgentReport) -> Iterator[NumberedVerdict]:
-        """What the node's probes found since."""
+        """What the node's probes found since. They know that node alone: what one says of another is not believed."""
         life = (report.node, report.pid)
         for numbered in report.verdicts:
             if numbered.number > self._verdicts.get(life, 0):
                 self._verdicts[life] = numbered.number
-                yield numbered
+                if numbered.verdict.node == report.node:
+                    yield numbered
+                else:
+                    logger.warning("%s accuses %r, of which it knows nothing", report.node, numbered.verdict.node)
 
     def exits(self, report: AgentReport) -> Iterator[WorkerExit]:
         """Workers that ended badly since."""

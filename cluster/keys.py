@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from cluster.rundir import write_atomically
+from cluster.rundir import GARBLED, write_atomically
 
 
 class KeyPair(msgspec.Struct, frozen=True):
@@ -53,7 +53,10 @@ def read_keys(path: Path) -> JobKeys:
     """
     if path.stat().st_mode & 0o077:
         raise ValueError(f"{path} holds the job's keys and others may read it; run: chmod 600 {path}")
-    return msgspec.json.decode(path.read_bytes(), type=JobKeys)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=JobKeys)
+    except GARBLED as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it while no job runs, and new keys are made") from None
 
 
 def _new_pair() -> KeyPair:

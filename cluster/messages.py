@@ -3,6 +3,9 @@
 The protocol is level-triggered: an agent reports its whole state, at every heartbeat and at once when it changes; the
 supervisor answers with the whole of what it wants. A lost message, a restarted supervisor or a repeated report
 therefore need no special case: the next pair of messages says everything again.
+
+What each report has many of goes without names of fields and without the garbage collector (nothing in a message refers
+back): a supervisor reads thousands of reports a second.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ class AgentStatus(enum.StrEnum):
     FINISHED = "finished"
 
 
-class RankBeat(msgspec.Struct, frozen=True):
+class RankBeat(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The newest heartbeat of one rank and its process' state letter in /proc (R, S, D, T, Z)."""
 
     rank: int
@@ -35,7 +38,7 @@ class RankBeat(msgspec.Struct, frozen=True):
     beat: Beat | None
 
 
-class HeldInfo(msgspec.Struct, frozen=True):
+class HeldInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A verified shard of a snapshot that a node holds; tier: `ram`, `peer` (another node's) or `node` (its disk)."""
 
     rank: int
@@ -45,7 +48,7 @@ class HeldInfo(msgspec.Struct, frozen=True):
     tier: str = "ram"
 
 
-class Readiness(msgspec.Struct, frozen=True):
+class Readiness(msgspec.Struct, frozen=True, gc=False):
     """The node could start workers now: where its fresh store listens, and which shards it holds.
 
     ready_for: the generation this was said for; an older answer is stale.
@@ -95,7 +98,7 @@ class NumberedVerdict(msgspec.Struct, frozen=True):
     generation: int = 0
 
 
-class RankTimes(msgspec.Struct, frozen=True):
+class RankTimes(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where the time of a rank's newest steps went, oldest first; later reports repeat some of them."""
 
     rank: int
@@ -131,7 +134,7 @@ class Measured(msgspec.Struct, frozen=True):
     ways: tuple[Way, ...]
 
 
-class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
+class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report", gc=False):
     """An agent's whole state.
 
     generation: the one its workers last ran in (0: none yet). peer_address: `host:port` where it serves and takes
@@ -182,7 +185,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     ram_generation: int = -1
 
 
-class Assignment(msgspec.Struct, frozen=True, kw_only=True):
+class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A plan as one agent gets it: the node is number `place` of `nodes` nodes, or, with -1, has no ranks in it.
 
     The other nodes' names are nothing it needs: with them, telling n nodes would take n x n names.
@@ -226,7 +229,7 @@ class Wish(enum.StrEnum):
     SHUT_DOWN = "shut_down"
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order"):
+class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order", gc=False):
     """The whole of what the supervisor wants. An agent with an older generation stops its workers.
 
     copy_to: who keeps copies of this node's snapshots. keep_for: ranks whose copies this node keeps. gather: what to

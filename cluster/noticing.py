@@ -22,6 +22,8 @@ from health.watchdog import Attention, Progress, lost_nodes
 
 ASKED_AT_ONCE = 1024
 """Of how many agents the scheduler is asked each time whether they are alive."""
+JUDGED_AT_ONCE = 2048
+"""How many ranks' step times are judged each time: the supervisor has others to listen to meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Noticing:
         """What became slow in the steps told of since the last call. may_replace: whether there is a spare."""
         if not self.stragglers.due:
             return []
-        return [Suspicion(verdict, time.time()) for verdict in self.stragglers.judge(may_replace())]
+        return [Suspicion(verdict, time.time()) for verdict in self.stragglers.judge(may_replace(), JUDGED_AT_ONCE)]
 
     def _agent_gone(self, node: str) -> Verdict:
         words = self.scheduler.last_words(node) if node not in self.views else ()

@@ -125,10 +125,10 @@ class RunDir:
         write_atomically(self.endpoint, msgspec.json.encode(endpoint))
 
     def read_endpoint(self) -> Endpoint | None:
-        """Where the supervisor listened last, or None."""
+        """Where the supervisor listened last; None if that cannot be read."""
         try:
             return msgspec.json.decode(self.endpoint.read_bytes(), type=Endpoint)
-        except (FileNotFoundError, *GARBLED):
+        except (OSError, *GARBLED):
             return None
 
     def lock(self) -> int:

@@ -144,8 +144,6 @@ class Supervisor:
         self.noticing.hear(report.node, now_s)
         self.generations.hear(report)
         self.doctor.take(report)
-        if self.generations.plan is not None and not self.noticing.waits_for_adopted:
-            self.generations.placement.update(self.generations.members)
         if report.readiness is not None and (known is None or known.report.readiness is None) and not report.generation:
             self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid, hardware=report.hardware)
         self._take_facts(report)
@@ -258,6 +256,8 @@ class Supervisor:
     def watch(self, now: float) -> None:
         """Look for nodes that fell silent, agents that never came, and workers that make no progress."""
         self.noticing.look(now)
+        if self.generations.plan is not None and not self.noticing.waits_for_adopted:
+            self.generations.placement.update(self.generations.members)
         if self.wish is not Wish.RUN or (self.deciding.incident is not None and self.deciding.incident.about_nodes):
             return
         for suspicion in self.noticing.silent(self.handles, self.evicted, now):

@@ -20,6 +20,7 @@ from cluster.messages import MAX_MESSAGE_BYTES, AgentReport, Order, decode_order
 from cluster.rundir import Endpoint
 
 _LISTEN_S = 0.05
+_GATHER_S = 0.01
 _COMPLAIN_S = 1.0
 _BACKLOG = 4096
 
@@ -74,14 +75,17 @@ class SupervisorSocket:
         """
         if not self._socket.poll(max(0, int(timeout_s * 1000))):
             return
-        until_s = time.monotonic() + _LISTEN_S
-        while time.monotonic() < until_s:
+        began_s = time.monotonic()
+        while (now_s := time.monotonic()) - began_s < _LISTEN_S:
             try:
                 identity = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                # What is done after each round costs more than a report, so a few are taken at a time.
+                if not self._socket.poll(max(0, int((_GATHER_S - (now_s - began_s)) * 1000))):
+                    return
+                continue
             data = self._socket.recv()
-            if self._socket.rcvmore:
+            if self._socket.getsockopt(zmq.RCVMORE):
                 self._drop_parts()
                 self._refused("a message in parts", len(data))
                 continue
@@ -99,7 +103,7 @@ class SupervisorSocket:
             yield report
 
     def _drop_parts(self) -> None:
-        while self._socket.rcvmore:
+        while self._socket.getsockopt(zmq.RCVMORE):
             self._socket.recv()
 
     def _forget(self, node: str) -> None:
@@ -120,7 +124,8 @@ class SupervisorSocket:
         """Send to a node if it ever spoke; one that is gone is dropped by ZeroMQ."""
         identity = self._identities.get(node)
         if identity is not None:
-            self._socket.send_multipart([identity, encode(order)])
+            self._socket.send(identity, zmq.SNDMORE)
+            self._socket.send(encode(order))
 
     def close(self) -> None:
         """Let go of the port."""

@@ -12,13 +12,13 @@ import bisect
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from configs.schema import HealthConfig, JobConfig
-from health.changes import LEARNT_AFTER, PAST, Alarm, Bounds, Held, Noise, Past, ladder_for, percent
+from health.changes import LEARNT_AFTER, Alarm, Bounds, Held, Newest, Noise, Past, ladder_for, percent
 from health.slowness import Common, own_s
 from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import StepTimes
@@ -27,9 +27,12 @@ PARTS = ("data", "forward", "backward", "optimizer", "snapshot")
 SKIPPED_STEPS = 2
 """A generation's first steps, in which kernels are compiled and memory is allocated."""
 
+_COLUMNS = (*PARTS, "total")
 _WINDOW_STEPS = 16
+_USUAL_STEPS = 64
 _SETTLED = 4 * LEARNT_AFTER
 _SAMPLED = 64
+_YIELD_AFTER = 512
 
 
 def peer_groups(config: JobConfig) -> dict[int, int]:
@@ -38,8 +41,7 @@ def peer_groups(config: JobConfig) -> dict[int, int]:
     return {rank: rank // per_stage for rank in range(config.world_size)}
 
 
-@dataclass(frozen=True)
-class _Standing:
+class _Standing(msgspec.Struct, frozen=True, gc=False):
     """How far a rank was above its past in a step, and how much further than its peers."""
 
     step: int
@@ -53,7 +55,7 @@ class _Rank:
     def __init__(self, node: str) -> None:
         self.node = node
         self.past = Past()
-        self.undisturbed: deque[StepTimes] = deque(maxlen=PAST)
+        self.undisturbed = Newest(len(_COLUMNS), _USUAL_STEPS)
         self.recent: deque[StepTimes] = deque(maxlen=_WINDOW_STEPS)
         self.lately: deque[_Standing] = deque(maxlen=_WINDOW_STEPS)
         self.held: Held[tuple[StepTimes, float | None]] = Held()
@@ -75,7 +77,7 @@ class _Rank:
 
     def _remember(self, times: StepTimes) -> None:
         self.past.add(_log(own_s(times)))
-        self.undisturbed.append(times)
+        self.undisturbed.add(*(_seconds(times, part) for part in _COLUMNS))
 
     def rose(self, since: int, change: float) -> bool:
         """Whether the rank is above its own past, too, by half of the change, on average over these steps."""
@@ -83,7 +85,7 @@ class _Rank:
 
     def usual_s(self, part: str) -> float:
         """What a part of a step, or its total, used to take."""
-        return statistics.median(_seconds(times, part) for times in self.undisturbed)
+        return self.undisturbed.median(_COLUMNS.index(part))
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Stragglers:
         self._noise = {group: Noise() for group in self._groups}
         self._common = Common(self._change, config.straggler_steps)
         self._waiting: dict[int, dict[int, StepTimes]] = {}
+        self._judging: Generator[int, None, list[Verdict]] | None = None
         self._judged = -1
         self._begun = 0
         self._compared = False
@@ -124,28 +127,38 @@ class Stragglers:
 
     @property
     def due(self) -> bool:
-        """Whether there is a step to judge; quick, since it is asked many times a second."""
-        return bool(self._waiting) and (
-            len(self._waiting[min(self._waiting)]) >= len(self._ranks)
-            or min(self._waiting) + _WINDOW_STEPS <= max(self._waiting)
-        )
+        """Whether there is something to judge; quick, since it is asked many times a second."""
+        return self._judging is not None or self._next_step() is not None
 
-    def judge(self, may_replace: bool) -> list[Verdict]:
+    def judge(self, may_replace: bool, ranks_at_once: int = 0) -> list[Verdict]:
         """What is new about the steps that all ranks have told (or will not: some rank is 16 steps further).
 
-        may_replace: whether there is a spare, without which a slow node is only noted.
+        may_replace: whether there is a spare, without which a slow node is only noted. ranks_at_once: leave off after
+        about so many, and go on with the next call (0: judge all there is). What is found is the same.
         """
         verdicts: list[Verdict] = []
-        for step in sorted(self._waiting):
-            by_rank = self._waiting[step]
-            if len(by_rank) < len(self._ranks) and step + _WINDOW_STEPS > max(self._waiting):
-                break
-            del self._waiting[step]
-            self._judged = step
-            self._begun += 1
-            if self._begun > SKIPPED_STEPS:
-                verdicts += self._judge_step(step, by_rank, may_replace)
+        looked_at = 0
+        while self.due and not 0 < ranks_at_once <= looked_at:
+            if self._judging is None:
+                step = self._next_step()
+                assert step is not None
+                self._judging = self._judge_step(step, self._waiting.pop(step), may_replace)
+                self._judged = step
+                self._begun += 1
+            try:
+                looked_at += next(self._judging)
+            except StopIteration as done:
+                verdicts += done.value
+                self._judging = None
         return verdicts
+
+    def _next_step(self) -> int | None:
+        """The oldest step that nothing more will be told of."""
+        if not self._waiting:
+            return None
+        step = min(self._waiting)
+        all_told = len(self._waiting[step]) >= len(self._ranks)
+        return step if all_told or step + _WINDOW_STEPS <= max(self._waiting) else None
 
     def floors(self) -> dict[int, Floor]:
         """What can be seen in each group by now; empty while too little is known."""
@@ -157,18 +170,25 @@ class Stragglers:
     def _ladder(self, group: int) -> tuple[Bounds, ...]:
         return ladder_for(self._change, self._config.straggler_steps, self._noise[group].scale)
 
-    def _judge_step(self, step: int, by_rank: Mapping[int, StepTimes], may_replace: bool) -> list[Verdict]:
+    def _judge_step(
+        self, step: int, by_rank: Mapping[int, StepTimes], may_replace: bool
+    ) -> Generator[int, None, list[Verdict]]:
+        """Returns what is new about one step; yields now and then how many ranks it has looked at since."""
+        if self._begun <= SKIPPED_STEPS:
+            return []
         above = {}
-        for rank, times in by_rank.items():
+        for count, (rank, times) in enumerate(by_rank.items(), 1):
             self._ranks[rank].recent.append(times)
             if self._ranks[rank].past.learnt:
                 above[rank] = _log(own_s(times)) - self._ranks[rank].past.median
+            if count % _YIELD_AFTER == 0:
+                yield _YIELD_AFTER // 4  # this is the lesser part of the work
         verdicts = []
         for group, members in self._groups.items():
             ladder = self._ladder(group)
             excess = _excess(above, [rank for rank in members if rank in above])
             noise: dict[int, list[float]] = {}
-            for rank in members:
+            for count, rank in enumerate(members, 1):
                 it = self._ranks[rank]
                 judged = rank in excess and self._noise[group].known
                 if rank in excess:
@@ -177,6 +197,8 @@ class Stragglers:
                     verdicts.append(self._slow(rank, step, above, ladder[0]))
                 if rank in by_rank:
                     noise[rank] = it.learn(by_rank[rank], excess.get(rank), it.alarm.suspects(ladder))
+                if count % _YIELD_AFTER == 0:
+                    yield _YIELD_AFTER
             self._noise[group].add({rank: noise[rank] for rank in members[:_SAMPLED] if noise.get(rank)}, ladder[0].cap)
         verdicts += self._common.judge(step, by_rank, self._nobody_stands_out)
         return verdicts + self._compare_from_the_first(step) + self._persisting(step, may_replace)
@@ -244,8 +266,9 @@ class Stragglers:
         for group, members in self._groups.items():
             usual = {rank: self._ranks[rank].past.median for rank in members if self._ranks[rank].past.learnt}
             doubt = 6.0 * self._noise[group].scale / math.sqrt(_SETTLED)
+            ordered = sorted(usual.values())
             for rank in usual if len(usual) > 1 else ():
-                others = statistics.median(value for peer, value in usual.items() if peer != rank)
+                others = _median_without(ordered, usual[rank])
                 if usual[rank] - others > max(self._change / 2, doubt) and not self._ranks[rank].alarm.ringing:
                     own, peers = math.exp(usual[rank]), math.exp(others)
                     line = (

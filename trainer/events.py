@@ -32,7 +32,7 @@ class Phase(enum.IntEnum):
     FINISHED = 9
 
 
-class Beat(msgspec.Struct, frozen=True):
+class Beat(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One heartbeat: the phase entered last, in which step, when, and how long the last whole step took."""
 
     step: int
@@ -68,7 +68,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     node_dir: str = ""
 
 
-class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
+class StepTimes(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """Where one rank's time went in one step. Seconds; computing is net of the time spent waiting for other ranks.
 
     wait_s: exposed communication, the time in which this rank stood still for another one. snapshot_s: standing still

@@ -208,3 +208,29 @@ def test_a_rank_whose_part_in_collectives_is_slow_too_is_no_slow_network(machine
         slow = Slow(BEGIN, (seed,), "all", factor), Slow(BEGIN, (), "exchange", 2 * factor)
         verdicts = found(machine, *slow, steps=BEGIN + 40, seed=seed)
         assert [(each.cause, each.rank) for each in verdicts] == [(Cause.STRAGGLER, seed)], verdicts
+
+
+def test_judging_a_large_job_in_pieces_finds_the_same() -> None:
+    """Promise: a supervisor of many ranks, which has others to listen to, says what one would that looked at all at once."""
+    ranks, found = range(1100), []
+    for ranks_at_once in (0, 600):
+        watch = Stragglers(dict.fromkeys(ranks, "node0"), dict.fromkeys(ranks, 0), HealthConfig())
+        verdicts: list[Verdict] = []
+        for step in range(1, 80):
+            for rank in ranks:
+                forward_s = (
+                    1.0 + (rank * 7919 + step * 104729) % 100 / 1e4 + (0.8 if rank == 700 and step > 60 else 0.0)
+                )
+                times = StepTimes(
+                    step=step, data_s=0.01, forward_s=forward_s, backward_s=2.0, wait_s=0.1, optimizer_s=0.1,
+                    snapshot_s=0.0, total_s=3.5,
+                )  # fmt: skip
+                watch.feed(rank, [times])
+            calls = 0
+            while watch.due:
+                verdicts += watch.judge(False, ranks_at_once)
+                calls += 1
+        assert (calls > 1) == (ranks_at_once > 0)
+        found.append(verdicts)
+    assert found[0] == found[1]
+    assert [verdict.rank for verdict in found[0] if verdict.cause is Cause.STRAGGLER] == [700]
