@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 import msgspec
 import psutil
 
-from benchmarks.common import REPO, child_environment, console, show, wait_for_quiet, workspace
+from benchmarks.common import REPO, child_environment, console, show, tail, wait_for_quiet, workspace
 from benchmarks.control_plane_messages import (
+    FILES_BESIDE,
+    FILES_OF_AN_AGENT,
     INTERVAL_S,
     RANKS,
     TIMEOUT_S,
@@ -29,15 +34,17 @@ from benchmarks.control_plane_messages import (
     Command,
     Dead,
     Listening,
-    Planned,
+    Placed,
     Said,
     Silence,
     Summarise,
+    files_allowed,
+    names,
     percentile,
 )
 from benchmarks.results import Result, Series, machine, now, series, settings, versions, write_result
-from cluster.events import ActionTaken, AnyEvent, GenerationPlanned, VerdictGiven
-from cluster.journal import tail
+from cluster.events import ActionTaken, Event, GenerationPlanned, VerdictGiven
+from cluster.journal import tail as read_on
 
 AGENTS = (500, 1000, 2500, 5000, 12500)
 STEADY_S = 20.0
@@ -45,8 +52,9 @@ SETTLE_S = 5.0
 PATIENCE_S = 180.0
 DEATHS = 3
 NOTES = (
-    f"each agent has {RANKS} ranks, a connection of its own under CURVE, and a heartbeat every {INTERVAL_S:g} s; all "
-    "are in one second process. Sender and supervisor share this machine's cores.",
+    f"each agent has {RANKS} ranks, a connection of its own under CURVE, and a heartbeat every {INTERVAL_S:g} s; they "
+    "are in a second process, or, where that may not have so many files open, in as few as it takes. They share this "
+    "machine's cores with the supervisor.",
     f"a silent agent is lost after {TIMEOUT_S:g} s without a heartbeat, counted from its last one; its silence begins "
     "somewhere between two. One that is gone is noticed as soon as whoever owns the machines says so, which is asked "
     "ten times a second here.",
@@ -56,7 +64,8 @@ NOTES = (
     "agents train; answer: from a report to the order that answers it.",
 )  # fmt: skip
 
-Kind = TypeVar("Kind", bound=Said)
+Kind = TypeVar("Kind", bound=msgspec.Struct)
+Told = TypeVar("Told", bound=Event)
 
 
 class Child:
@@ -69,19 +78,36 @@ class Child:
                 [sys.executable, "-m", f"benchmarks.{module}", *arguments], cwd=REPO, stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=errors, env=child_environment(folder),
             )  # fmt: skip
+        self._said: queue.SimpleQueue[Said | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
 
     def say(self, what: Command) -> None:
         """One line to it."""
-        _pipe(self.process.stdin).write(msgspec.json.encode(what) + b"\n")
-        _pipe(self.process.stdin).flush()
+        stream = self.process.stdin
+        assert stream is not None
+        stream.write(msgspec.json.encode(what) + b"\n")
+        stream.flush()
 
-    def hear(self, kind: type[Kind], where: Callable[[Kind], bool] = lambda said: True) -> Kind:
-        """The next line of this kind; others before it are dropped. OSError if the process ends."""
-        while line := _pipe(self.process.stdout).readline():
-            said = msgspec.json.decode(line, type=Said)
-            if isinstance(said, kind) and where(said):
+    def hear(self, kind: type[Kind], timeout_s: float = PATIENCE_S) -> Kind | None:
+        """The next line of this kind, None if there is none in time; others before it are dropped. OSError if the
+        process has ended."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                said = self._said.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return None
+            if said is None:
+                raise OSError(f"it ended with {self.process.wait()}: {tail(self.log, 1)}")
+            if isinstance(said, kind):
                 return said
-        raise OSError(f"it ended with {self.process.wait()}: {self.log.read_text()[-2000:]}")
+
+    def expect(self, kind: type[Kind]) -> Kind:
+        """The same, where it must come. TimeoutError if it does not."""
+        said = self.hear(kind)
+        if said is None:
+            raise TimeoutError(f"no {kind.__name__} in {PATIENCE_S:g} s")
+        return said
 
     def close(self) -> None:
         """End it."""
@@ -92,52 +118,78 @@ class Child:
             self.process.kill()
             self.process.wait()
 
-
-def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
-    assert stream is not None
-    return stream
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._said.put(msgspec.json.decode(line, type=Said))
+        self._said.put(None)
 
 
 class Bench:
-    """One supervisor with its agents."""
+    """One supervisor with its agents: in one process, or in as many as the limit of open files asks for."""
 
     def __init__(self, folder: Path, agents: int) -> None:
         folder.mkdir()
         self.folder = folder
+        self.agents = agents
         self.supervisor = Child("control_plane_supervisor", str(folder), str(agents), folder=folder)
         self.begun_wall_s = time.time()
-        port = self.supervisor.hear(Listening).port
-        self.agents = Child("control_plane_agents", str(folder), str(agents), str(port), folder=folder)
+        port = self.supervisor.expect(Listening).port
+        self._nodes = names(agents)
+        parts = math.ceil(len(self._nodes) * FILES_OF_AN_AGENT / (files_allowed() - FILES_BESIDE))
+        self._part = math.ceil(len(self._nodes) / parts)
+        self.fleets = [
+            Child("control_plane_agents", str(folder), str(agents), str(port), str(first),
+                  str(min(first + self._part, len(self._nodes))), folder=folder)
+            for first in range(0, len(self._nodes), self._part)
+        ]  # fmt: skip
         self._offset = 0
 
     def close(self) -> None:
-        """End both."""
-        self.agents.close()
+        """End all."""
+        for fleet in self.fleets:
+            fleet.close()
         self.supervisor.close()
 
-    def event(self, kind: type[AnyEvent], where: Callable[[AnyEvent], bool]) -> AnyEvent:
-        """The next such event of the journal. TimeoutError if it does not come."""
+    def fleet_of(self, node: str) -> Child:
+        """The process that plays a node."""
+        return self.fleets[self._nodes.index(node) // self._part]
+
+    def all_placed(self, generation: int) -> float:
+        """When the last of all members got its ranks in a generation; waits for it."""
+        counts, last_s = dict[int, int](), 0.0
+        deadline = time.monotonic() + PATIENCE_S
+        while sum(counts.values()) < self.agents:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"only {sum(counts.values())} of {self.agents} agents got ranks")
+            for number, fleet in enumerate(self.fleets):
+                said = fleet.hear(Placed, 0.01)
+                if said is not None and said.generation == generation:
+                    counts[number], last_s = said.count, max(last_s, said.t_wall_s)
+        return last_s
+
+    def event(self, kind: type[Told]) -> Told:
+        """The first such event of the journal since events were forgotten. TimeoutError if it does not come."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            found = tail(self.folder / "events.jsonl", self._offset)
+            found = read_on(self.folder / "events.jsonl", self._offset)
             for each in found.records:
-                if isinstance(each, kind) and where(each):
+                if isinstance(each, kind):
                     return each
-            # Read on from here, unless what was looked for shares its lines with what comes next.
             time.sleep(0.02)
         raise TimeoutError(f"no {kind.__name__} in {PATIENCE_S:g} s")
 
     def forget_events(self) -> None:
         """Events up to now are not looked at any more."""
-        self._offset = tail(self.folder / "events.jsonl", self._offset).offset
+        self._offset = read_on(self.folder / "events.jsonl", self._offset).offset
 
 
-def measure(folder: Path, agents: int, steady_s: float) -> list[Series]:
-    """All figures for that many agents. OSError or TimeoutError if it does not keep up."""
+def measure(folder: Path, agents: int, steady_s: float, found: list[Series]) -> None:
+    """Add all figures for that many agents. OSError or TimeoutError if it does not keep up."""
     with _bench(folder, agents) as bench:
-        side, found = f"{agents} agents", list[Series]()
-        first = bench.agents.hear(Planned)
-        found.append(series(side, "from nothing to ranks for all", "s", [first.t_wall_s - bench.begun_wall_s]))
+        side = f"{agents} agents"
+        began_s = bench.all_placed(1) - bench.begun_wall_s
+        found.append(series(side, "from nothing to ranks for all", "s", [began_s]))
         time.sleep(SETTLE_S)
         found += _steady(bench, side, steady_s)
         silent, gone, decided, ranks = [], [], [], []
@@ -148,8 +200,7 @@ def measure(folder: Path, agents: int, steady_s: float) -> list[Series]:
             decided.append(decided_s)
             ranks.append(ranks_s)
             time.sleep(SETTLE_S)
-        return [
-            *found,
+        found += [
             series(side, "notice an agent that is silent", "s", silent),
             series(side, "notice an agent that is gone", "s", gone),
             series(side, "decide", "s", decided),
@@ -158,45 +209,52 @@ def measure(folder: Path, agents: int, steady_s: float) -> list[Series]:
 
 
 def _steady(bench: Bench, side: str, steady_s: float) -> list[Series]:
-    supervisor, agents = psutil.Process(bench.supervisor.process.pid), psutil.Process(bench.agents.process.pid)
-    bench.agents.say(Summarise())
-    bench.agents.hear(Answers)
-    before, before_agents, began_s = supervisor.cpu_times(), agents.cpu_times(), time.monotonic()
+    supervisor = psutil.Process(bench.supervisor.process.pid)
+    fleets = [psutil.Process(fleet.process.pid) for fleet in bench.fleets]
+    _answers(bench)
+    before_s, load_s, began_s = _used_s(supervisor), sum(map(_used_s, fleets)), time.monotonic()
     time.sleep(steady_s)
-    after, after_agents, wall_s = supervisor.cpu_times(), agents.cpu_times(), time.monotonic() - began_s
-    bench.agents.say(Summarise())
-    said = bench.agents.hear(Answers)
-    used = 100 * (after.user + after.system - before.user - before.system) / wall_s
-    load = 100 * (after_agents.user + after_agents.system - before_agents.user - before_agents.system) / wall_s
+    used_s, load_s = _used_s(supervisor) - before_s, sum(map(_used_s, fleets)) - load_s
+    wall_s = time.monotonic() - began_s
+    said = _answers(bench)
+    sent, answered = sum(each.sent for each in said), sum(each.answered for each in said)
+    seconds = sorted(second for each in said for second in each.seconds)
     return [
-        series(side, "processor", "percent", [used]),
-        series(side, "processor of the agents' process", "percent", [load]),
+        series(side, "processor", "percent", [100 * used_s / wall_s]),
+        series(side, "processor of the agents", "percent", [100 * load_s / wall_s]),
         series(side, "resident memory", "MB", [supervisor.memory_info().rss / 1e6]),
-        series(side, "reports that came in time", "percent", [100 * said.answered / max(said.sent, 1)]),
-        series(side, "reports", "1/s", [said.sent / wall_s]),
-        series(side, "median answer", "ms", [1000 * percentile(said.seconds, 0.5)]),
-        series(side, "99% of answers", "ms", [1000 * percentile(said.seconds, 0.99)]),
+        series(side, "reports", "1/s", [sent / wall_s]),
+        series(side, "reports answered", "percent", [100 * answered / max(sent, 1)]),
+        series(side, "median answer", "ms", [1000 * percentile(seconds, 0.5)]),
+        series(side, "99% of answers", "ms", [1000 * percentile(seconds, 0.99)]),
     ]
+
+
+def _answers(bench: Bench) -> list[Answers]:
+    for fleet in bench.fleets:
+        fleet.say(Summarise())
+    return [fleet.expect(Answers) for fleet in bench.fleets]
+
+
+def _used_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def _death(bench: Bench, node: str, by_silence: bool) -> tuple[float, float, float]:
     """(until the verdict, from there to the decision, from there until all have ranks)."""
     bench.forget_events()
-    bench.agents.say(Silence(node) if by_silence else Close(node))
-    dead = bench.agents.hear(Dead)
+    fleet = bench.fleet_of(node)
+    fleet.say(Silence(node) if by_silence else Close(node))
+    dead = fleet.expect(Dead)
     if not by_silence:
         with (bench.folder / "dead").open("a") as file:
             file.write(f"{node}\n")
-    verdict = bench.event(VerdictGiven, lambda event: True)
-    assert isinstance(verdict, VerdictGiven)
-    assert verdict.verdict.node == node, (
-        f"{verdict.verdict.node} was blamed instead of {node}: {verdict.verdict.evidence}"
-    )
-    action = bench.event(ActionTaken, lambda event: True)
-    plan = bench.event(GenerationPlanned, lambda event: True)
-    assert isinstance(plan, GenerationPlanned)
-    all_have = bench.agents.hear(Planned, lambda said: said.generation == plan.generation)
-    return verdict.t_wall_s - dead.t_wall_s, action.t_wall_s - verdict.t_wall_s, all_have.t_wall_s - action.t_wall_s
+    verdict, action, plan = (bench.event(VerdictGiven), bench.event(ActionTaken), bench.event(GenerationPlanned))
+    blamed = verdict.verdict
+    assert blamed.node == node, f"{blamed.node} was blamed instead of {node}: {blamed.evidence}"
+    placed_s = bench.all_placed(plan.generation)
+    return verdict.t_wall_s - dead.t_wall_s, action.t_wall_s - verdict.t_wall_s, placed_s - action.t_wall_s
 
 
 @contextlib.contextmanager
@@ -225,7 +283,7 @@ def main() -> None:
         for agents in options.agents:
             console.print(f"{agents} agents")
             try:
-                found += measure(place.disk / str(agents), agents, options.steady_s)
+                measure(place.disk / str(agents), agents, options.steady_s, found)
             except (OSError, TimeoutError) as error:
                 notes.append(f"{agents} agents were too many: {error}")
                 console.print(f"[yellow]{notes[-1]}[/]")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.control_plane_agents FOLDER AGENTS PORT`: all agents of a large job in one process.
+"""`python -m benchmarks.control_plane_agents FOLDER AGENTS PORT FIRST LAST`: many agents of a large job in one process.
 
 Each has a DEALER socket of its own under CURVE, and says and obeys what a real one does: eight ranks that train, a
 heartbeat a second, a fresh readiness for every new generation, a report at once when something changes.
@@ -10,19 +10,21 @@ import contextlib
 import select
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import msgspec
 import zmq
 
 from benchmarks.control_plane_messages import (
+    FILES_OF_AN_AGENT,
     INTERVAL_S,
     RANKS,
     Answers,
     Close,
     Command,
     Dead,
-    Planned,
+    Placed,
     Said,
     Silence,
     Summarise,
@@ -44,9 +46,9 @@ from cluster.messages import (
 )
 from trainer.events import Beat, Phase, StepTimes
 
-STEP_S = 5.0
+STEP_S = 10.0
 _PHASES = (Phase.FORWARD_BACKWARD, Phase.FORWARD_BACKWARD, Phase.FORWARD_BACKWARD, Phase.VOTE, Phase.OPTIMIZER)
-_CONNECTING = 200
+_CONNECTING = 20
 """How many agents begin at a time, so that the kernel's queue of new connections does not overflow."""
 
 
@@ -131,10 +133,11 @@ def _step_times(step: int, salt: int) -> StepTimes:
 
 
 class Fleet:
-    """All of them, and the loop that moves them."""
+    """Agents, and the loop that moves them."""
 
-    def __init__(self, keys: JobKeys, agents: int, port: int) -> None:
+    def __init__(self, keys: JobKeys, agents: int, port: int, first: int) -> None:
         self.members = agents
+        self._first = first
         self._context = zmq.Context(io_threads=1)
         self._context.set(zmq.MAX_SOCKETS, agents + 1000)
         self._poll = select.epoll()
@@ -142,7 +145,8 @@ class Fleet:
         self._by_fd: dict[int, Agent] = {}
         self._keys = keys
         self._port = port
-        self._running: dict[int, int] = {}
+        self._placed = Placed(0, 0, 0.0)
+        self._said = self._placed
         self._sent = self._answered = self._order_bytes = self._report_bytes = 0
         self._seconds: list[float] = []
         self._mute: set[str] = set()
@@ -150,19 +154,18 @@ class Fleet:
     def run(self, nodes: list[str]) -> None:
         """Connect, and go on until standard input ends."""
         self._poll.register(sys.stdin.fileno(), select.EPOLLIN)
-        waiting = list(nodes)
-        turn, order, begun_s = 0, list[Agent](), time.monotonic()
+        waiting, due = deque(nodes), deque[tuple[float, Agent]]()
         while True:
-            if waiting:
-                for node in waiting[:_CONNECTING]:
-                    order.append(self._connect(node))
-                del waiting[:_CONNECTING]
-                begun_s, turn = time.monotonic(), 0
-            # Everybody's heartbeat is due at another instant of the interval.
-            due = int((time.monotonic() - begun_s) / INTERVAL_S * len(order))
-            while turn < due and order:
-                self._send(order[turn % len(order)])
-                turn += 1
+            now_s = time.monotonic()
+            for _ in range(min(len(waiting), _CONNECTING)):
+                due.append((now_s + INTERVAL_S, self._connect(waiting.popleft())))
+            while due and due[0][0] <= now_s:
+                due_s, agent = due.popleft()
+                self._send(agent)
+                due.append((max(due_s + INTERVAL_S, now_s), agent))
+            if self._said != self._placed:
+                self._said = self._placed
+                say(self._said)
             for fd, _ in self._poll.poll(0.002, 1024):
                 if fd == sys.stdin.fileno():
                     line = sys.stdin.buffer.readline()
@@ -181,7 +184,7 @@ class Fleet:
         socket.setsockopt(zmq.SNDHWM, 4)
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(f"tcp://127.0.0.1:{self._port}")
-        agent = Agent(node, 1000 + RANKS * len(self._agents), self.members, socket)
+        agent = Agent(node, 1000 + RANKS * (self._first + len(self._agents)), self.members, socket)
         self._agents[node] = self._by_fd[socket.getsockopt(zmq.FD)] = agent
         self._poll.register(socket.getsockopt(zmq.FD), select.EPOLLIN)
         self._send(agent)
@@ -222,9 +225,8 @@ class Fleet:
             self._send(agent)
 
     def _count(self, generation: int) -> None:
-        self._running[generation] = self._running.get(generation, 0) + 1
-        if self._running[generation] == self.members:
-            say(Planned(generation, time.time()))
+        before = self._placed.count if self._placed.generation == generation else 0
+        self._placed = Placed(generation, before + 1, time.time())
 
     def _do(self, command: Command) -> None:
         match command:
@@ -252,9 +254,9 @@ def say(what: Said) -> None:
 
 def main() -> None:
     """Entry point."""
-    folder, agents, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    allow_files(agents)
-    Fleet(read_keys(folder / "secrets" / "job.json"), agents, port).run(names(agents))
+    folder, (agents, port, first, last) = Path(sys.argv[1]), map(int, sys.argv[2:])
+    allow_files(FILES_OF_AN_AGENT * (last - first))
+    Fleet(read_keys(folder / "secrets" / "job.json"), agents, port, first).run(names(agents)[first:last])
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ INTERVAL_S = 1.0
 TIMEOUT_S = 2.1
 RANKS = 8
 SPARES = 8
-FILES_A_AGENT = 3
-FILES_BESIDE = 500
+FILES_OF_AN_AGENT = 2
+FILES_BESIDE = 300
 
 
 class Silence(msgspec.Struct, frozen=True, tag=True):
@@ -31,10 +31,11 @@ class Summarise(msgspec.Struct, frozen=True, tag=True):
     """To the agents: say how long answers took since the last time."""
 
 
-class Planned(msgspec.Struct, frozen=True, tag=True):
-    """From the agents: every member has its ranks in this generation by now."""
+class Placed(msgspec.Struct, frozen=True, tag=True):
+    """From the agents: so many have ranks in this generation by now, the last one since then."""
 
     generation: int
+    count: int
     t_wall_s: float
 
 
@@ -62,7 +63,7 @@ class Listening(msgspec.Struct, frozen=True, tag=True):
 
 
 Command = Silence | Close | Summarise
-Said = Planned | Answers | Dead | Listening
+Said = Placed | Answers | Dead | Listening
 
 
 def names(agents: int) -> list[str]:
@@ -70,9 +71,14 @@ def names(agents: int) -> list[str]:
     return [f"node{index}" for index in range(agents + SPARES)]
 
 
-def allow_files(agents: int) -> None:
+def files_allowed() -> int:
+    """How many files a process may have open, if it asks for as many as it may."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+def allow_files(wanted: int) -> None:
     """Raise this process' limit of open files. OSError, saying what is needed, if the system's own is lower."""
-    wanted = agents * FILES_A_AGENT + FILES_BESIDE
+    wanted += FILES_BESIDE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= wanted:
         return
@@ -80,8 +86,8 @@ def allow_files(agents: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(hard, wanted)))
     except (ValueError, PermissionError) as error:
         raise OSError(
-            f"{agents} agents need {wanted} open files and the limit is {hard} (ulimit -Hn); raise it, or ask for "
-            f"fewer agents: {error}"
+            f"{wanted} open files are needed and the limit is {hard} (ulimit -Hn); raise it, or ask for fewer agents: "
+            f"{error}"
         ) from error
 
 

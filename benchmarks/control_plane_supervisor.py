@@ -90,7 +90,7 @@ def large_job(agents: int) -> JobConfig:
 def main() -> None:
     """Entry point."""
     folder, agents = Path(sys.argv[1]), int(sys.argv[2])
-    allow_files(agents)
+    allow_files(agents + SPARES)
     run_dir = RunDir(folder)
     run_dir.create()
     ears = SupervisorSocket(make_or_read_keys(run_dir.keys))

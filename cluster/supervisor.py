@@ -7,6 +7,7 @@ both pure; this file moves facts to them and their answers back.
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import time
@@ -231,7 +232,7 @@ class Supervisor:
                 keep_for=wanted.placement.keep_for(node, self.config.cluster.ranks_per_node),
                 gather=wanted.sources_of(node),
                 rejected=self.state.rejected,
-                collect=self.noticing.collect,
+                collect=self.noticing.collect if self.noticing.progress.generation == wanted.number else 0,
                 measure=self.doctor.order_for(node),
                 heard_wall_s=view.report.sent_wall_s if view else 0.0,
                 sent_wall_s=time.time(),
@@ -360,11 +361,16 @@ class Supervisor:
             reason=wanted.reason,
         )
         self._follow(plan)
-        self.broadcast()
 
     def _follow(self, plan: Plan) -> None:
         self.generations.follow(plan)
+        self.broadcast()
+        # The books of a large fleet take a moment to open, and are kept for long: nobody waits for that to get ranks,
+        # and the garbage collector does not read through them again and again.
         self.noticing.follow(plan, time.monotonic())
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
 
     def _choose_first_members(self) -> None:
         usable = [n for n in self.handles if n not in self.evicted]
