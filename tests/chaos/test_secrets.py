@@ -54,7 +54,7 @@ def told(process: psutil.Process) -> Iterator[tuple[str, bytes]]:
 
 
 def test_keys_are_in_no_argument_no_environment_and_no_log(make_job: MakeJob) -> None:
-    """Promise: neither `ps`, nor what a step inherits, nor any file that the job writes beside its secrets has a key."""
+    """Promise: neither `ps`, nor what a step inherits, nor any file that the job writes beside its secrets has one."""
     job = make_job("secrets", SMALL).start()
     job.wait_for_step(2)
     secrets, seen = secrets_of(job), dict[str, bytes]()

@@ -321,8 +321,8 @@ def test_a_flood_of_half_open_connections_is_survived(
 def test_a_connection_speaks_for_one_node(
     supervisor: Listening, keys: JobKeys, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
-    """Promise: an agent that says to be another one over its own connection is refused; one that connects anew as itself
-    is heard, and answered there."""
+    """Promise: an agent that says to be another one over its own connection is refused; one that connects anew as
+    itself is heard, and answered there."""
     agent = connect(context, supervisor.endpoint, keys.server.public, keys.client)
     assert supervisor.hears(agent, 1)
     agent.send(encode(msgspec.structs.replace(REPORT, node="node1", seq=666)))

@@ -211,7 +211,7 @@ def test_a_rank_whose_part_in_collectives_is_slow_too_is_no_slow_network(machine
 
 
 def test_judging_a_large_job_in_pieces_finds_the_same() -> None:
-    """Promise: a supervisor of many ranks, which has others to listen to, says what one would that looked at all at once."""
+    """Promise: a supervisor of many ranks, which has others to listen to, says what one look at them all would."""
     ranks, found = range(1100), []
     for ranks_at_once in (0, 600):
         watch = Stragglers(dict.fromkeys(ranks, "node0"), dict.fromkeys(ranks, 0), HealthConfig())

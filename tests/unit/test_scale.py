@@ -1,4 +1,4 @@
-"""What is kept up with each report is what looking at the whole fleet would say; an order's size does not grow with it."""
+"""What is kept up with each report is what a look at the whole fleet would say; an order does not grow with it."""
 
 from __future__ import annotations
 
