@@ -22,7 +22,7 @@ from health.watchdog import Attention, Progress, lost_nodes
 
 ASKED_AT_ONCE = 1024
 """Of how many agents the scheduler is asked each time whether they are alive."""
-JUDGED_AT_ONCE = 2048
+JUDGED_AT_ONCE = 1024
 """How many ranks' step times are judged each time: the supervisor has others to listen to meanwhile."""
 
 
