@@ -6,7 +6,7 @@ PACKAGES := configs parallelism checkpointing trainer health cluster
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint unit distributed chaos-short chaos chaos-checkpoint data install constraints clean \
-	test-slurm slurm-packages test-kubernetes \
+	test-slurm slurm-packages \
 	bench-recovery bench-checkpoint bench-checkpoint-gpu bench-overhead bench-detection bench-control-plane
 
 install: $(VENV)/.installed
@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
 		{ echo "Python 3.11 or 3.12 is needed; say which one: make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[wandb,data,s3,hf,gpu,hang,kubernetes,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[wandb,data,s3,hf,gpu,hang,dev]'
 	@touch $@
 
 data: install
@@ -49,12 +49,6 @@ test-slurm: install
 
 slurm-packages:
 	.ci/slurm-packages
-
-# The official client against a small API server; and against a real one where EVERSTEP_KUBE_APISERVER_DIR names its
-# binaries. Says which of the two it was.
-test-kubernetes: install
-	$(BIN)/pytest tests/kubernetes tests/unit/test_kube_manifests.py tests/unit/test_kube_conditions.py \
-		tests/unit/test_kube_entry.py
 
 # Snapshots under 200 random faults. CI does a sample of them; EVERSTEP_CHAOS_SEED repeats one.
 chaos-checkpoint: install

@@ -15,6 +15,8 @@ from configs.schema import JobConfig
 ClusterKind = Literal["local", "slurm", "kubernetes"]
 JobState = Literal["pending", "running", "done", "failed", "cancelled", "unknown"]
 
+NOT_YET = "Kubernetes cannot be submitted to yet; use --cluster slurm or local"
+
 _FILE = "submission.json"
 
 
@@ -90,9 +92,7 @@ def open_backend(kind: ClusterKind, profile: ClusterProfile) -> Backend:
 
             return SlurmBackend(profile)
         case "kubernetes":
-            from cluster.kube_backend import KubeBackend
-
-            return KubeBackend(profile)
+            raise ValueError(NOT_YET)
         case "local":
             from cluster.local_backend import LocalBackend
 

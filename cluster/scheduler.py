@@ -46,9 +46,7 @@ def open_scheduler(config: JobConfig, run_dir: RunDir, environ: Mapping[str, str
 
             return SlurmScheduler.inside(config, run_dir, environ)
         case "kubernetes":
-            from cluster.kube_scheduler import KubeScheduler
-
-            return KubeScheduler.inside(config, run_dir, environ)
+            raise ValueError('cluster.backend = "kubernetes" is not there yet; use "slurm" or "local"')
         case "local":
             from cluster.local import LocalScheduler
 

@@ -64,6 +64,7 @@ def processes(job: SlurmJob, module: str) -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.long
 def test_the_whole_job_is_requeued(make_job: MakeSlurmJob, lab: Lab, undisturbed: dict[str, str]) -> None:
     """Promise: `scontrol requeue` costs no more than what was not on disk yet, and no node is blamed. Before that,
     the death of the supervisor alone costs nothing: the script starts another, which takes over its steps."""
@@ -82,6 +83,7 @@ def test_the_whole_job_is_requeued(make_job: MakeSlurmJob, lab: Lab, undisturbed
     assert job.weights(STEPS) == undisturbed
 
 
+@pytest.mark.long
 def test_a_preempted_job_saves_and_comes_back_and_a_cancelled_one_does_not(make_job: MakeSlurmJob, lab: Lab) -> None:
     """Promise: in the grace time of a preemption the state is saved; the job is back when its nodes are, from there.
     `everstep cancel` saves too, and takes the job out of the queue for good."""
@@ -100,6 +102,7 @@ def test_a_preempted_job_saves_and_comes_back_and_a_cancelled_one_does_not(make_
     assert snapshots(job)[-1] == job.steps()[-1].step
 
 
+@pytest.mark.long
 def test_the_batch_host_dies(make_job: MakeSlurmJob, lab: Lab, undisturbed: dict[str, str]) -> None:
     """Promise: when the supervisor's own node is gone, which SLURM does not mend, the watchdog requeues the job."""
     job = make_job("headless", 2).submit()
@@ -113,6 +116,7 @@ def test_the_batch_host_dies(make_job: MakeSlurmJob, lab: Lab, undisturbed: dict
     assert job.weights(STEPS) == undisturbed
 
 
+@pytest.mark.long
 def test_a_chain_of_jobs_goes_on_until_the_run_is_done(
     make_job: MakeSlurmJob, lab: Lab, undisturbed: dict[str, str]
 ) -> None:
