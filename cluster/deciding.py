@@ -167,7 +167,7 @@ class Deciding:
         wanted = self._run.generations
         waiting = fact.generation == wanted.number and wanted.plan is not None
         if waiting or fact.kind is not FactKind.ROLLBACK_WANTED:
-            self.accuse(Suspicion(suspicions.odd_numbers(fact), fact.t_wall_s))
+            self.accuse(Suspicion(suspicions.odd_numbers(fact), fact.t_wall_s, generation=fact.generation))
 
     def act(self, now_s: float) -> None:
         """Judge the open incident once enough is known, and have done what the policy says. now_s: monotonic."""

@@ -193,6 +193,7 @@ class Supervisor:
         notice = view.report.notice if view else "it went before it could save"
         verdict = suspicions.preempted(node, self.noticing.progress.newest_step, notice)
         self.deciding.suspect(Suspicion(verdict, time.time()))
+        self.deciding.act(time.monotonic())
         self.deciding.go_on()
 
     def _take_exits(self, report: AgentReport) -> None:

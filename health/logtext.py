@@ -44,7 +44,8 @@ _SURVIVED = re.compile(
     r"|\breconnect(ed|ing)\b|\bfalling back\b|\brecovered\b",
     re.IGNORECASE,
 )
-_DUMP = re.compile(r"^Fatal Python error: ")
+# Not only at the start of a line: what was written before it may lack its end.
+_DUMP = re.compile(r"Fatal Python error: ")
 _FATAL_LINES = 4
 _FATAL = re.compile(r"^Fatal Python error: |^terminate called |^ +what\(\):")
 _CURRENT_THREAD = re.compile(r"^Current thread 0x")

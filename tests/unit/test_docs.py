@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.name for page in PAGES]
-OVERRIDDEN = ("run", "config")
+OVERRIDDEN = ("run", "submit", "config")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -89,8 +89,7 @@ def test_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, options in said_commands(page):
         assert words in all_commands(), f"{page.name} names everstep {' '.join(words)}"
         if words[0] in OVERRIDDEN:
-            assert all("." in option for option in options), f"everstep {' '.join(words)} {options}"
-            options = []
+            options = [option for option in options if "." not in option]
         with pytest.raises(SystemExit) as left:
             dispatch([*words, "--help"])
         helped = capsys.readouterr().out

@@ -74,9 +74,10 @@ def test_a_large_network_is_judged_in_no_time() -> None:
     assert len(next_round(nodes, parted)) == 2048
 
 
-@given(st.data(), st.integers(5, 32), st.booleans(), st.integers(0, 99))
+@given(st.data(), st.integers(6, 32), st.booleans(), st.integers(0, 99))
 def test_bad_nodes_and_links_are_found_exactly(data: st.DataObject, count: int, slow: bool, seed: int) -> None:
-    """Up to a fifth of the nodes bad, and a link between two of the others: exactly these are named."""
+    """Up to a fifth of the nodes bad, and a link between two of the others: exactly these are named. Of five, the bad
+    ways may be more than half, and nobody knows what is usual."""
     nodes = names(count)
     bad_nodes = set(data.draw(st.lists(st.sampled_from(nodes), max_size=count // 5, unique=True)))
     sound = [node for node in nodes if node not in bad_nodes]

@@ -76,7 +76,7 @@ def test_what_is_given_to_srun_is_words(tmp_path: Path) -> None:
     code = command[command.index("-c") + 1]
     assert "rm -rf $HOME" not in code
     assert command[-2:] == [str(run_dir.path), "node1"]
-    with pytest.raises(ValueError, match="no node's name"):
+    with pytest.raises(ValueError, match="use letters, digits"):
         slurm_steps.agent_command(run_dir, "/dev/shm", "node[1-9]", "x")
 
 
