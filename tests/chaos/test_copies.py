@@ -59,6 +59,7 @@ def test_a_node_that_is_told_to_leave_hands_over(make_job: MakeJob) -> None:
     assert steps_computed_twice(job) == []
 
 
+@pytest.mark.long
 def test_without_a_spare_a_node_that_leaves_ends_the_run_saved(make_job: MakeJob) -> None:
     """Promise: with nobody to take over, the run ends with 75, and goes on from the very step it left at."""
     job = make_job("preempted-alone", ("--cluster.spares", "0", "--training.steps", "10")).start()
@@ -92,6 +93,7 @@ def falsify(run_dir: Path, step: int) -> None:
     disk.write_atomic(folder / "manifest.json", encode_document(Manifest(**whole)))
 
 
+@pytest.mark.long
 def test_a_state_that_is_not_the_runs_own_is_rejected(make_job: MakeJob) -> None:
     """Promise: right checksums and wrong weights show in the first loss, and the older snapshot is taken."""
     overrides = ("--checkpoint.keep_last", "4", "--cluster.spares", "0", "--training.steps", "12")
