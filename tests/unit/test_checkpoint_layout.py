@@ -102,9 +102,7 @@ def test_a_manifest_lists_every_rank_once() -> None:
 def test_no_number_of_ranks_that_a_manifest_claims_takes_memory(world_size: int) -> None:
     """Nor does a snapshot of no rank at all pass for one."""
     lying = msgspec.structs.replace(manifest(), world_size=world_size)
-    with pytest.raises(
-        SnapshotDamagedError, match="does not list one shard|impossible step, generation or number of ranks"
-    ):
+    with pytest.raises(SnapshotDamagedError, match=r"one shard|number of ranks"):
         decode_document(encode_document(lying), Manifest, "m")
 
 
