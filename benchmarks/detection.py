@@ -67,6 +67,31 @@ class Trials:
     missed: int = 0
 
 
+class Record:
+    """What was found so far, written after every fault: a job that fails in the second hour takes nothing with it."""
+
+    def __init__(self, strikes: int, minutes: float, into: Path | None) -> None:
+        self.settings = settings({**MODEL, "strikes": strikes, "minutes undisturbed": minutes})
+        self.into = into
+        self.machine, self.taken_at, self._began_s = machine(), now(), time.monotonic()
+        self._found: list[Series] = []
+
+    def add(self, found: Sequence[Series]) -> None:
+        """Write all that there is."""
+        self._found += found
+        result = self.result()
+        written = write_result(result, self.into) if self.into else write_result(result)
+        console.print(f"{len(self._found)} series written to {written}")
+
+    def result(self) -> Result:
+        """The benchmark's record."""
+        return Result(
+            benchmark="detection", taken_at=self.taken_at, seconds=round(time.monotonic() - self._began_s, 1),
+            machine=self.machine, versions=versions(), settings=self.settings, series=tuple(self._found), ratios=(),
+            notes=NOTES,
+        )  # fmt: skip
+
+
 def main() -> None:
     """Measure, show, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -78,30 +103,22 @@ def main() -> None:
     options = parser.parse_args()
     if not options.no_wait:
         wait_for_quiet()
-    here, taken_at, began_s = machine(), now(), time.monotonic()
+    record = Record(options.strikes, options.undisturbed_minutes, Path(options.into) if options.into else None)
     dice = random.Random(1)
-    found: list[Series] = []
     with workspace("detection") as place:
         corpus = small_corpus(place.disk / "corpus")
         config = place.disk / "job.toml"
         config.write_text(JOB.format(corpus=corpus, **MODEL))
-        for fault in _faults(place.disk / "gpus", options.faults or [""]):
+        for number, fault in enumerate(_faults(place.disk / "gpus", options.faults or [""])):
             trials = Trials()
             for first in range(0, options.strikes, STRIKES_A_JOB):
                 count = min(STRIKES_A_JOB, options.strikes - first)
-                _one_job(Job(place.disk, f"job-{len(found)}-{first}", str(config), OVERRIDES + fault.overrides), fault,
+                _one_job(Job(place.disk, f"job-{number}-{first}", str(config), OVERRIDES + fault.overrides), fault,
                          count, trials, dice)  # fmt: skip
-            found += _series(fault, trials)
+            record.add(_series(fault, trials))
         undisturbed = Job(place.disk, "undisturbed", str(config), OVERRIDES)
-        found += _false_alarms(undisturbed, options.undisturbed_minutes)
-    result = Result(
-        benchmark="detection", taken_at=taken_at, seconds=round(time.monotonic() - began_s, 1), machine=here,
-        versions=versions(),
-        settings=settings({**MODEL, "strikes": options.strikes, "minutes undisturbed": options.undisturbed_minutes}),
-        series=tuple(found), ratios=(), notes=NOTES,
-    )  # fmt: skip
-    show(result)
-    console.print(f"written to {write_result(result, Path(options.into)) if options.into else write_result(result)}")
+        record.add(_false_alarms(undisturbed, options.undisturbed_minutes))
+    show(record.result())
 
 
 def _faults(folder: Path, words: Sequence[str]) -> list[Fault]:
