@@ -145,6 +145,9 @@ def _check_optimizer(config: JobConfig) -> list[Problem]:
                 f"decay would begin before the {optimizer.warmup_steps} steps of warm-up end; set at most {largest:g}",
             )
         )
+    if optimizer.decay_shape != "linear" and optimizer.schedule != "wsd":
+        what = f'{optimizer.schedule} has its own shape; set optimizer.schedule = "wsd", or leave this key out'
+        problems.append(Problem("optimizer.decay_shape", optimizer.decay_shape, what))
     return problems
 
 

@@ -94,8 +94,9 @@ class ValidationConfig(Section, frozen=True, kw_only=True):
 class OptimizerConfig(Section, frozen=True, kw_only=True):
     """`[optimizer]`: AdamW and its schedule.
 
-    decay_fraction: the last part of the steps over which `wsd` decays; cosine and linear decay all the way after
-    warm-up. min_lr_ratio: the floor as a part of lr.
+    decay_fraction: the last part of the steps over which `wsd` decays, in the shape of decay_shape (`sqrt` is 1 minus
+    the root of the way gone, arXiv 2405.18392); cosine and linear decay all the way after warm-up. min_lr_ratio: the
+    floor as a part of lr.
     """
 
     lr: PositiveFloat = 3e-4
@@ -106,6 +107,7 @@ class OptimizerConfig(Section, frozen=True, kw_only=True):
     warmup_steps: NonNegative = 0
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     decay_fraction: Fraction = 0.2
+    decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"
     min_lr_ratio: Fraction = 0.1
 
 

@@ -108,6 +108,7 @@ def test_expert_parallelism_divides_ranks_and_experts(ep: int, dp_shard: int, tp
         (["--model.layers=7"], ["--model.layers 7", "6 layers", "give fewer"]),
         (["--optimizer.warmup_steps=21"], ["training.steps = 20", "at most 20", "at least 21"]),
         (["--optimizer.schedule=wsd", "--optimizer.decay_fraction=1.0"], ["decay_fraction", "at most 0.9"]),
+        (["--optimizer.decay_shape=sqrt"], ["cosine has its own shape", 'set optimizer.schedule = "wsd"']),
         (["--optimizer.beta2=1.0"], ["optimizer.beta2", "below 1"]),
         (["--checkpoint.ram_interval_steps=4"], ["persist_interval_steps = 10", "multiple of", "set 12"]),
         (["--checkpoint.keep_every_steps=15"], ["keep_every_steps 15", "set 20"]),
