@@ -33,6 +33,7 @@ from checkpointing.staged import staged_folder
 from configs.load import load_job
 from configs.schema import OptimizerConfig
 from parallelism.outline import Outline, outline
+from parallelism.updates import UpdateRule, rule_of
 
 FILE_BYTES = 512 * 2**20
 STEP_KEY, TOKENS_KEY = "everstep.step", "everstep.tokens_seen"
@@ -94,7 +95,7 @@ def _state(model: Outline, optimizer: OptimizerConfig, source: _Source, step: in
         for kind, origin in entries.items():
             inner[f"state.{name}.{kind}"] = torch.empty((), device="meta") if kind == "step" else parameter
             source.origins[f"optimizer.state.{name}.{kind}"] = origin
-        for setting, value in _settings(optimizer, parameter.dim()).items():
+        for setting, value in _settings(optimizer, rule_of(optimizer, name, parameter.dim())).items():
             inner[f"param_groups.{name}.{setting}"] = value
     state["optimizer"] = inner
     state["train_state"] = {"step": step, "ntokens_seen": tokens_seen}
@@ -102,14 +103,14 @@ def _state(model: Outline, optimizer: OptimizerConfig, source: _Source, step: in
     return state
 
 
-def _settings(config: OptimizerConfig, dims: int) -> dict[str, Any]:
-    """What torch's AdamW keeps beside a parameter's moments; vectors are not decayed."""
+def _settings(config: OptimizerConfig, rule: UpdateRule) -> dict[str, Any]:
+    """What torch's AdamW keeps beside a parameter's moments."""
     adamw = torch.optim.AdamW(
         [torch.zeros(1)],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        weight_decay=config.weight_decay if dims >= 2 else 0.0,
+        weight_decay=rule.weight_decay,
         fused=True,
     )
     return {key: value for key, value in adamw.param_groups[0].items() if key != "params"} | {"initial_lr": config.lr}

@@ -94,6 +94,8 @@ class ValidationConfig(Section, frozen=True, kw_only=True):
 class OptimizerConfig(Section, frozen=True, kw_only=True):
     """`[optimizer]`: AdamW and its schedule.
 
+    no_decay: what weight_decay spares: `vectors` (parameters of one dim: norms, biases), `embeddings`, or patterns of
+    parameter names with `*`; one that matches nothing is an error.
     decay_fraction: the last part of the steps over which `wsd` decays, in the shape of decay_shape (`sqrt` is 1 minus
     the root of the way gone, arXiv 2405.18392); cosine and linear decay all the way after warm-up. min_lr_ratio: the
     floor as a part of lr.
@@ -104,6 +106,7 @@ class OptimizerConfig(Section, frozen=True, kw_only=True):
     beta2: Fraction = 0.95
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
+    no_decay: tuple[str, ...] = ("vectors", "embeddings")
     warmup_steps: NonNegative = 0
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     decay_fraction: Fraction = 0.2

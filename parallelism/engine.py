@@ -19,6 +19,7 @@ from parallelism.mesh import MeshCoords, World, coords_of, loss_ranks
 from parallelism.optimizer import ShardedAdamW, build_adamw, local_of
 from parallelism.state import build_states
 from parallelism.uncounted import evaluation, forget_trial_runs
+from parallelism.updates import check_patterns
 
 
 class Engine:
@@ -191,6 +192,7 @@ def build_engine(config: JobConfig, world: World, *, init_weights: bool = True) 
     """
     titan.prepare_process(world.device)
     plan = titan.blueprint(config, world.device)
+    check_patterns(config.optimizer, {titan.canonical_name(n): p.ndim for n, p in plan.model.named_parameters()})
     dims = titan.build_dims(config, world)
     pipeline = titan.parallelise(plan, config, dims, world.device)
     if pipeline.schedule is not None:

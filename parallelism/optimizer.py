@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from configs.schema import OptimizerConfig
 from parallelism.titan import canonical_name
+from parallelism.updates import rule_of
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,18 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def build_adamw(config: OptimizerConfig, parts: list[nn.Module]) -> ShardedAdamW:
-    """AdamW for every parameter of `parts`; vectors (norms, biases) are not decayed."""
+    """AdamW for every parameter of `parts`, decayed by rule."""
     with torch.no_grad():
         slots = [_slot(name, parameter) for part in parts for name, parameter in part.named_parameters()]
-    decayed = [slot.local for slot in slots if slot.parameter.ndim >= 2]
-    vectors = [slot.local for slot in slots if slot.parameter.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": decayed}] if decayed else []
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
+    by_decay: dict[float, list[Tensor]] = {}
+    for slot in slots:
+        by_decay.setdefault(rule_of(config, slot.name, slot.parameter.ndim).weight_decay, []).append(slot.local)
+    groups: list[dict[str, Any]] = [{"params": group, "weight_decay": decay} for decay, group in by_decay.items()]
     adamw = torch.optim.AdamW(
         groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        weight_decay=config.weight_decay,
         fused=True,
     )
     for slot in slots:

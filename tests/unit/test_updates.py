@@ -1,0 +1,51 @@
+"""Promise: each parameter is decayed as the rule says; a pattern that means nothing is refused with names that do."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from configs.schema import OptimizerConfig
+from parallelism.updates import check_patterns, rule_of
+
+DIMS = {
+    "tok_embeddings.weight": 2,
+    "layers.0.attention.qkv_linear.wqkv.weight": 2,
+    "layers.0.attention_norm.weight": 1,
+    "layers.0.moe.router.gate.weight": 2,
+    "layers.0.moe.routed_experts.inner_experts.w1_EFD": 3,
+    "norm.weight": 1,
+    "lm_head.weight": 2,
+}
+
+
+def decayed(**changes: object) -> set[str]:
+    config = msgspec.structs.replace(OptimizerConfig(weight_decay=0.3), **changes)
+    check_patterns(config, DIMS)
+    decays = {name: rule_of(config, name, dims).weight_decay for name, dims in DIMS.items()}
+    assert set(decays.values()) <= {0.0, 0.3}
+    return {name for name, decay in decays.items() if decay}
+
+
+def test_norms_and_embeddings_are_spared_by_default_and_nothing_else() -> None:
+    spared = {"tok_embeddings.weight", "layers.0.attention_norm.weight", "norm.weight"}
+    assert decayed() == DIMS.keys() - spared
+    assert decayed(no_decay=()) == DIMS.keys()
+    assert decayed(no_decay=("embeddings",)) == DIMS.keys() - {"tok_embeddings.weight"}
+
+
+def test_patterns_spare_what_they_match() -> None:
+    assert decayed(no_decay=("*.router.*", "lm_head.weight")) == DIMS.keys() - {
+        "layers.0.moe.router.gate.weight",
+        "lm_head.weight",
+    }
+    assert decayed(weight_decay=0.0) == set()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "offered"), [("lm_haed.weight", "lm_head.weight"), ("vector", "vectors"), ("*.bias", "tok_embeddings")]
+)
+def test_a_pattern_that_matches_nothing_is_refused_with_names_that_exist(pattern: str, offered: str) -> None:
+    with pytest.raises(ValueError, match=offered) as refused:
+        check_patterns(OptimizerConfig(no_decay=("vectors", pattern)), DIMS)
+    assert f'optimizer.no_decay: "{pattern}" matches no parameter' in str(refused.value)
