@@ -72,6 +72,7 @@ def metric_row(record: StepRecord, ettr: float | None) -> dict[str, float | int]
     row = {
         "loss/avg": record.loss_avg,
         "loss/max": record.loss_max,
+        "loss/z": record.z_loss,
         "validation/loss_avg": record.validation_loss,
         "grad_norm": record.grad_norm,
         "lr": record.lr,

@@ -46,6 +46,7 @@ _REFUSED = {
     "training.seq_len": "samples are cut to this length, so every later step would read other data",
     "training.global_batch_size": "it decides which samples step s reads",
     "training.max_grad_norm": "it changes the updates",
+    "training.z_loss": "it changes the updates",
     "optimizer": "it changes the updates",
     "precision": "it changes the arithmetic",
 }

@@ -68,13 +68,18 @@ class DataConfig(Section, frozen=True, kw_only=True):
 
 
 class TrainingConfig(Section, frozen=True, kw_only=True):
-    """`[training]`: global_batch_size counts sequences a step over all ranks; microbatch_size those of one forward."""
+    """`[training]`: global_batch_size counts sequences a step over all ranks; microbatch_size those of one forward.
+
+    z_loss: coefficient of the mean square of the log of the output softmax's denominator, which is minimised beside
+    the loss (0: none).
+    """
 
     steps: Positive
     seq_len: Positive
     global_batch_size: Positive
     microbatch_size: Positive = 1
     max_grad_norm: PositiveFloat = 1.0
+    z_loss: NonNegativeFloat = 0.0
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     compile: bool = False
 

@@ -15,6 +15,7 @@ from parallelism import titan
 from parallelism.clock import Clock, Part
 from parallelism.gradients import clip_by_global_norm
 from parallelism.initialise import derive_seed, materialise
+from parallelism.losses import StepLoss
 from parallelism.mesh import MeshCoords, World, coords_of, loss_ranks
 from parallelism.optimizer import ShardedAdamW, build_adamw, local_of
 from parallelism.state import build_states
@@ -26,7 +27,8 @@ class Engine:
     """A model and its optimizer on this rank. Built by `build_engine`; every rank calls every method in step.
 
     coords: where this rank stands. n_params and flops_per_token are those of the whole model. clock: is told what
-    this rank computes; one that runs may be put in its place.
+    this rank computes; one that runs may be put in its place. z_loss: this rank's share of the last step's, as the
+    loss's, a detached scalar; zero where there is none.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Engine:
         optimizer: ShardedAdamW,
         states: dict[str, Stateful],
         counters: list[Tensor],
+        loss: StepLoss,
     ) -> None:
         self.config = config
         self.device = device
@@ -58,6 +61,8 @@ class Engine:
         self.dp_degree = coords.dp_degree
         self.reads_data = True
         self.clock = Clock()
+        self.z_loss = torch.zeros((), dtype=torch.float32, device=device)
+        self._loss = loss
         self.global_tokens = config.training.global_batch_size * config.training.seq_len
 
     def forward_backward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -70,8 +75,9 @@ class Engine:
 
         Returns:
             The sum of the token losses divided by the step's number of tokens over all ranks, a detached scalar;
-            zero on a rank without the last stage.
+            zero on a rank without the last stage. `z_loss` is no part of it.
         """
+        self._loss.forget()
         if self.schedule is not None:
             self.clock.switch(Part.BACKWARD)
             total = self._run_schedule(self.schedule.step, tokens, positions)
@@ -83,6 +89,8 @@ class Engine:
                 loss.backward()
                 total += loss.detach()
                 self.clock.switch(Part.FORWARD)
+        if self._loss.has_z and self.is_loss_rank:
+            total, self.z_loss = self._loss.parts()
         self.clock.switch(Part.OTHER)
         return total
 
@@ -103,7 +111,7 @@ class Engine:
         for start in range(0, len(inputs), size):
             chunk = slice(start, start + size)
             extra = self._model_inputs(inputs[chunk], None if positions is None else positions[chunk])
-            yield titan.token_loss_sum(self.parts[0](inputs[chunk], **extra), labels[chunk]) / self.global_tokens
+            yield self._loss(self.parts[0](inputs[chunk], **extra), labels[chunk])
 
     def _on_device(self, tokens: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         tokens = tokens.to(self.device)
@@ -194,9 +202,10 @@ def build_engine(config: JobConfig, world: World, *, init_weights: bool = True) 
     plan = titan.blueprint(config, world.device)
     check_patterns(config.optimizer, {titan.canonical_name(n): p.ndim for n, p in plan.model.named_parameters()})
     dims = titan.build_dims(config, world)
-    pipeline = titan.parallelise(plan, config, dims, world.device)
+    loss = StepLoss(config.training.z_loss, config.training.global_batch_size * config.training.seq_len)
+    pipeline = titan.parallelise(plan, config, dims, world.device, loss)
     if pipeline.schedule is not None:
-        forget_trial_runs(pipeline.schedule, pipeline.parts)
+        forget_trial_runs(pipeline.schedule, pipeline.parts, loss)
     for part in pipeline.parts:
         materialise(part, world.device, config.run.seed, init_weights)
     optimizer = build_adamw(config.optimizer, pipeline.parts)
@@ -210,4 +219,5 @@ def build_engine(config: JobConfig, world: World, *, init_weights: bool = True) 
         optimizer=optimizer,
         states=build_states(pipeline.parts, optimizer),
         counters=titan.expert_token_counters(pipeline.parts),
+        loss=loss,
     )

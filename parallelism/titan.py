@@ -244,8 +244,13 @@ def _declare_sharding(model: Any, config: JobConfig) -> None:
         set_qwen3_sharding_config(model, enable_sp=True, enable_ep=ep)
 
 
-def parallelise(plan: Blueprint, config: JobConfig, dims: Any, device: torch.device) -> Pipeline:
-    """Cut the meta model into this rank's stages and shard them. No storage is allocated."""
+def parallelise(
+    plan: Blueprint, config: JobConfig, dims: Any, device: torch.device, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Pipeline:
+    """Cut the meta model into this rank's stages and shard them. No storage is allocated.
+
+    loss: of one microbatch's logits and labels, for a pipeline to call.
+    """
     from torchtitan.config import CompileConfig
 
     training, layout = _titan_configs(config, device)
@@ -260,13 +265,12 @@ def parallelise(plan: Blueprint, config: JobConfig, dims: Any, device: torch.dev
     if config.parallelism.pp == 1:
         pipeline = Pipeline([plan.spec.parallelize_fn(plan.model, **arguments)], None, True, True)
     else:
-        global_tokens = config.training.global_batch_size * config.training.seq_len
         schedule, parts, first, last = plan.spec.pipelining_fn(
             plan.model,
             device=device,
             model_config=plan.spec.model,
             parallelize_fn=plan.spec.parallelize_fn,
-            loss_fn=lambda logits, labels: (token_loss_sum(logits, labels) / global_tokens, {}),
+            loss_fn=lambda logits, labels: (loss(logits, labels), {}),
             **arguments,
         )
         pipeline = Pipeline(parts, schedule, first, last)

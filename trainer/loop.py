@@ -234,6 +234,7 @@ def make_record(rank: Rank, stats: StepStats, step_s: float) -> StepRecord | Non
     if step % config.telemetry.log_interval_steps and step != config.training.steps and rank.measured is None:
         return None
     loss_avg, loss_max = rank.engine.global_loss(stats.loss)
+    z_loss = rank.engine.global_loss(rank.engine.z_loss)[0] if config.training.z_loss else None
     if rank.context.rank != 0:
         return None
     tokens_per_s = rank.engine.global_tokens / step_s / config.world_size
@@ -262,6 +263,7 @@ def make_record(rank: Rank, stats: StepStats, step_s: float) -> StepRecord | Non
         validation_loss=measured.loss,
         validation_s=measured.seconds,
         batch=stats.batch,
+        z_loss=None if z_loss is None else _finite(z_loss),
     )
 
 
