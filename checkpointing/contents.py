@@ -13,7 +13,7 @@ from checkpointing.layout import SnapshotDamagedError
 from parallelism.outline import Outline
 
 COUNTER = "optimizer.step"
-MOMENTS = ("optimizer.exp_avg.", "optimizer.exp_avg_sq.")
+_OPTIMIZER = "optimizer."
 
 
 class Wanted(NamedTuple):
@@ -33,9 +33,20 @@ def wanted_tensors(model: Outline) -> list[Wanted]:
     """Everything that a snapshot of this model and its optimizer holds, the model first."""
     found = [Wanted(f"model.{name}", tensor.dtype, tuple(tensor.shape)) for name, tensor in model.tensors.items()]
     found.append(Wanted(COUNTER, torch.float32, ()))
-    for moment in MOMENTS:
-        found += [Wanted(moment + name, p.dtype, tuple(p.shape)) for name, p in model.parameters.items()]
+    for name, parameter in model.parameters.items():
+        found += [Wanted(kept_as(kind, name), parameter.dtype, tuple(parameter.shape)) for kind in model.kept(name)]
     return found
+
+
+def kept_as(kind: str, parameter: str) -> str:
+    """The logical tensor in which the optimizer keeps something of a parameter."""
+    return f"{_OPTIMIZER}{kind}.{parameter}"
+
+
+def kept_of(name: str) -> tuple[str, str] | None:
+    """The inverse: kind and parameter, None for a logical tensor of another kind."""
+    kind, found, parameter = name.removeprefix(_OPTIMIZER).partition(".")
+    return (kind, parameter) if found and name.startswith(_OPTIMIZER) else None
 
 
 def check_shapes(snapshot: SnapshotReader, wanted: Sequence[Wanted]) -> None:

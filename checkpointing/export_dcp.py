@@ -1,7 +1,7 @@
 """A snapshot as a checkpoint folder of torch.distributed.checkpoint, with the keys that torchtitan's own has.
 
     layers.0.attention.wo.weight                     the model's tensors, as its state_dict has them
-    optimizer.state.<parameter>.exp_avg              AdamW's moments, exp_avg_sq and step
+    optimizer.state.<parameter>.exp_avg              AdamW's moments, exp_avg_sq and step; Muon's momentum_buffer
     optimizer.param_groups.<parameter>.lr            its settings
     train_state.step, train_state.ntokens_seen       for torchtitan
     everstep.step, everstep.tokens_seen              the same as tensors: read back without unpickling anything
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from checkpointing.assemble import SnapshotReader, open_snapshot
-from checkpointing.contents import COUNTER, MOMENTS, check_shapes, wanted_tensors
+from checkpointing.contents import COUNTER, check_shapes, kept_as, wanted_tensors
 from checkpointing.staged import staged_folder
 from configs.load import load_job
 from configs.schema import OptimizerConfig
@@ -91,11 +91,12 @@ def _state(model: Outline, optimizer: OptimizerConfig, source: _Source, step: in
             source.origins[key] = f"model.{name}"
     inner: dict[str, Any] = {}
     for name, parameter in model.parameters.items():
-        entries = {"exp_avg": MOMENTS[0] + name, "exp_avg_sq": MOMENTS[1] + name, "step": COUNTER}
+        rule = rule_of(optimizer, name, parameter.dim())
+        entries = {kind: kept_as(kind, name) for kind in rule.state} | ({} if rule.muon else {"step": COUNTER})
         for kind, origin in entries.items():
             inner[f"state.{name}.{kind}"] = torch.empty((), device="meta") if kind == "step" else parameter
             source.origins[f"optimizer.state.{name}.{kind}"] = origin
-        for setting, value in _settings(optimizer, rule_of(optimizer, name, parameter.dim())).items():
+        for setting, value in _settings(optimizer, rule).items():
             inner[f"param_groups.{name}.{setting}"] = value
     state["optimizer"] = inner
     state["train_state"] = {"step": step, "ntokens_seen": tokens_seen}
@@ -104,16 +105,29 @@ def _state(model: Outline, optimizer: OptimizerConfig, source: _Source, step: in
 
 
 def _settings(config: OptimizerConfig, rule: UpdateRule) -> dict[str, Any]:
-    """What torch's AdamW keeps beside a parameter's moments."""
-    adamw = torch.optim.AdamW(
+    """What torch's own optimizer keeps beside a parameter's moments."""
+    return _defaults(config, rule) | {"initial_lr": config.lr * (config.muon_lr_ratio if rule.muon else 1.0)}
+
+
+def _defaults(config: OptimizerConfig, rule: UpdateRule) -> dict[str, Any]:
+    if rule.muon:
+        return torch.optim.Muon(
+            [torch.zeros(1, 1)],
+            lr=config.lr * config.muon_lr_ratio,
+            weight_decay=rule.weight_decay,
+            momentum=config.muon_momentum,
+            nesterov=config.muon_nesterov,
+            ns_steps=config.muon_iterations,
+            adjust_lr_fn=config.muon_scale,
+        ).defaults
+    return torch.optim.AdamW(
         [torch.zeros(1)],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=rule.weight_decay,
         fused=True,
-    )
-    return {key: value for key, value in adamw.param_groups[0].items() if key != "params"} | {"initial_lr": config.lr}
+    ).defaults
 
 
 class _LazyPlanner(DefaultSavePlanner):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from checkpointing.contents import COUNTER, MOMENTS, wanted_tensors
+from checkpointing.contents import COUNTER, kept_of, wanted_tensors
 from checkpointing.dcp_metadata import SafeReader
 from checkpointing.export_dcp import STEP_KEY, TOKENS_KEY
 from checkpointing.imported import SHARD_BYTES, check_unused, write_snapshot
@@ -57,12 +57,10 @@ def _value(model: Outline, checkpoint: _Checkpoint, name: str) -> Tensor | None:
         counters = (key for key in checkpoint.tensors if key.startswith("optimizer.state.") and key.endswith(".step"))
         first = next(counters, None)
         return None if first is None else checkpoint.read(first, ())
-    for moment in MOMENTS:
-        if name.startswith(moment):
-            parameter = name.removeprefix(moment)
-            kind = moment.split(".")[1]
-            key = f"optimizer.state.{parameter}.{kind}"
-            return checkpoint.read(key, model.tensors[parameter].shape) if key in checkpoint.tensors else None
+    if kept := kept_of(name):
+        kind, parameter = kept
+        key = f"optimizer.state.{parameter}.{kind}"
+        return checkpoint.read(key, model.tensors[parameter].shape) if key in checkpoint.tensors else None
     inner = name.removeprefix("model.")
     parts = model.needed(inner)
     if any(key not in checkpoint.tensors for key in parts):

@@ -128,7 +128,8 @@ def _check_validation(config: JobConfig) -> list[Problem]:
 def _check_optimizer(config: JobConfig) -> list[Problem]:
     optimizer, steps = config.optimizer, config.training.steps
     problems = []
-    for key, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+    averages = ("beta1", optimizer.beta1), ("beta2", optimizer.beta2), ("muon_momentum", optimizer.muon_momentum)
+    for key, beta in averages:
         if beta >= 1:
             problems.append(Problem(f"optimizer.{key}", beta, "must be below 1, or the average never moves"))
     if optimizer.warmup_steps > steps:

@@ -97,7 +97,12 @@ class ValidationConfig(Section, frozen=True, kw_only=True):
 
 
 class OptimizerConfig(Section, frozen=True, kw_only=True):
-    """`[optimizer]`: AdamW and its schedule.
+    """`[optimizer]`: AdamW, or Muon beside it, and the schedule of both.
+
+    `muon` (arXiv 2502.16982) updates all matrices but embeddings, head and what muon_except (patterns of names) says;
+    the rest is AdamW's. It orthogonalises each matrix's momentum in muon_iterations, in bf16 on GPUs, and scales it so
+    that it moves as far as AdamW's would (`match_rms_adamw`) or by the root of rows over columns (`original`).
+    muon_lr_ratio: its rate as a part of lr.
 
     no_decay: what weight_decay spares: `vectors` (parameters of one dim: norms, biases), `embeddings`, or patterns of
     parameter names with `*`; one that matches nothing is an error.
@@ -106,12 +111,19 @@ class OptimizerConfig(Section, frozen=True, kw_only=True):
     floor as a part of lr.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 3e-4
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     no_decay: tuple[str, ...] = ("vectors", "embeddings")
+    muon_momentum: Fraction = 0.95
+    muon_nesterov: bool = True
+    muon_iterations: Annotated[int, msgspec.Meta(ge=1, lt=100)] = 5
+    muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    muon_lr_ratio: PositiveFloat = 1.0
+    muon_except: tuple[str, ...] = ()
     warmup_steps: NonNegative = 0
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     decay_fraction: Fraction = 0.2

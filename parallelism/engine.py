@@ -17,7 +17,7 @@ from parallelism.gradients import clip_by_global_norm
 from parallelism.initialise import derive_seed, materialise
 from parallelism.losses import StepLoss
 from parallelism.mesh import MeshCoords, World, coords_of, loss_ranks
-from parallelism.optimizer import ShardedAdamW, build_adamw, local_of
+from parallelism.optimizer import ShardedOptimizer, build_optimizer, local_of
 from parallelism.state import build_states
 from parallelism.uncounted import evaluation, forget_trial_runs
 from parallelism.updates import check_patterns
@@ -39,7 +39,7 @@ class Engine:
         coords: MeshCoords,
         plan: titan.Blueprint,
         pipeline: titan.Pipeline,
-        optimizer: ShardedAdamW,
+        optimizer: ShardedOptimizer,
         states: dict[str, Stateful],
         counters: list[Tensor],
         loss: StepLoss,
@@ -208,7 +208,7 @@ def build_engine(config: JobConfig, world: World, *, init_weights: bool = True) 
         forget_trial_runs(pipeline.schedule, pipeline.parts, loss)
     for part in pipeline.parts:
         materialise(part, world.device, config.run.seed, init_weights)
-    optimizer = build_adamw(config.optimizer, pipeline.parts)
+    optimizer = build_optimizer(config, pipeline.parts)
     titan.register_load_balancing(plan, optimizer.adamw, pipeline.parts, dims)
     return Engine(
         config=config,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from parallelism.optimizer import ShardedAdamW
+from parallelism.optimizer import ShardedOptimizer
 from parallelism.titan import canonical_name
 
 
@@ -28,7 +28,7 @@ class ModelState(Stateful):
 
 
 class OptimizerState(Stateful):
-    """AdamW's moments by parameter name, and one update counter for all of them."""
+    """Moments and momenta by parameter name, and one update counter for all of them."""
 
     def __init__(self, tensors: dict[str, Tensor], counters: list[Tensor]) -> None:
         self.tensors = tensors
@@ -46,7 +46,7 @@ class OptimizerState(Stateful):
                 counter.copy_(state_dict["step"])
 
 
-def build_states(parts: list[nn.Module], optimizer: ShardedAdamW) -> dict[str, Stateful]:
+def build_states(parts: list[nn.Module], optimizer: ShardedOptimizer) -> dict[str, Stateful]:
     """The snapshot's view of a built model and its optimizer."""
     return {
         "model": ModelState(_model_tensors(parts)),

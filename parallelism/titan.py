@@ -353,6 +353,18 @@ def canonical_name(name: str) -> str:
     return ".".join(segment for segment in name.split(".") if segment != _CHECKPOINT_WRAPPER)
 
 
+def fused_heads(parts: list[nn.Module]) -> dict[str, tuple[int, int]]:
+    """By canonical name of a fused query-key-value projection's weight: query heads of a key head, size of a head."""
+    from torchtitan.models.common.attention import FusedQKVLinear
+
+    return {
+        canonical_name(f"{name}.wqkv.weight"): (module.heads_per_kv, module.head_dim)
+        for part in parts
+        for name, module in part.named_modules()
+        if isinstance(module, FusedQKVLinear)
+    }
+
+
 def initialisers(part: nn.Module) -> list[tuple[str, nn.Parameter, Callable[[Tensor], object]]]:
     """(canonical name, parameter, in-place initialiser) of every parameter that has one of its own.
 

@@ -42,6 +42,22 @@ def test_patterns_spare_what_they_match() -> None:
     assert decayed(weight_decay=0.0) == set()
 
 
+def test_muon_takes_hidden_matrices_and_stacks_of_them() -> None:
+    """Embeddings, head and vectors stay with AdamW, as does what muon_except names."""
+    config = OptimizerConfig(name="muon", muon_except=("*.router.gate.weight",))
+    check_patterns(config, DIMS)
+    rules = {name: rule_of(config, name, dims) for name, dims in DIMS.items()}
+    assert {name for name, rule in rules.items() if rule.muon} == {
+        "layers.0.attention.qkv_linear.wqkv.weight",
+        "layers.0.moe.routed_experts.inner_experts.w1_EFD",
+    }
+    assert {rule.state for rule in rules.values() if rule.muon} == {("momentum_buffer",)}
+    assert {rule.state for rule in rules.values() if not rule.muon} == {("exp_avg", "exp_avg_sq")}
+    assert not any(rule_of(OptimizerConfig(), name, dims).muon for name, dims in DIMS.items())
+    with pytest.raises(ValueError, match=r'muon_except: "\*\.gate" matches no parameter'):
+        check_patterns(OptimizerConfig(muon_except=("*.gate",)), DIMS)
+
+
 @pytest.mark.parametrize(
     ("pattern", "offered"), [("lm_haed.weight", "lm_head.weight"), ("vector", "vectors"), ("*.bias", "tok_embeddings")]
 )
