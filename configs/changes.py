@@ -48,6 +48,7 @@ _REFUSED = {
     "training.max_grad_norm": "it changes the updates",
     "training.z_loss": "it changes the updates",
     "optimizer": "it changes the updates",
+    "ema": "the average is one over the whole run",
     "precision": "it changes the arithmetic",
 }
 

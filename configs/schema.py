@@ -131,6 +131,17 @@ class OptimizerConfig(Section, frozen=True, kw_only=True):
     min_lr_ratio: Fraction = 0.1
 
 
+class EmaConfig(Section, frozen=True, kw_only=True):
+    """`[ema]`: an exponential moving average of the weights, kept beside them, saved and exported with them.
+
+    decay: what a step leaves of it (0: no average); lower in the first steps. interval_steps: how often the weights
+    are taken in; the decay remains that of a step.
+    """
+
+    decay: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    interval_steps: Positive = 1
+
+
 class ParallelismConfig(Section, frozen=True, kw_only=True):
     """`[parallelism]`: degrees of the mesh axes; pp * dp_replicate * dp_shard * cp * tp is the number of ranks.
 
@@ -371,6 +382,7 @@ class JobConfig(Section, frozen=True, kw_only=True):
     training: TrainingConfig
     validation: ValidationConfig = ValidationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
     parallelism: ParallelismConfig = ParallelismConfig()
     precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

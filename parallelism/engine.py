@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from configs.schema import JobConfig
 from parallelism import titan
+from parallelism.average import WeightAverage
 from parallelism.clock import Clock, Part
 from parallelism.gradients import clip_by_global_norm
 from parallelism.initialise import derive_seed, materialise
@@ -40,6 +41,7 @@ class Engine:
         plan: titan.Blueprint,
         pipeline: titan.Pipeline,
         optimizer: ShardedOptimizer,
+        average: WeightAverage | None,
         states: dict[str, Stateful],
         counters: list[Tensor],
         loss: StepLoss,
@@ -52,6 +54,7 @@ class Engine:
         self.has_first_stage = pipeline.has_first_stage
         self.is_loss_rank = pipeline.has_last_stage
         self.optimizer = optimizer
+        self.average = average
         self.states = states
         self.expert_counters = counters
         self.needs_masks = plan.needs_masks
@@ -155,11 +158,13 @@ class Engine:
         self.clock.switch(Part.OTHER)
         return norm
 
-    def optimizer_step(self, lr: float) -> None:
-        """Apply the accumulated gradients at learning rate lr, and clear them."""
+    def optimizer_step(self, lr: float, step: int) -> None:
+        """Apply the accumulated gradients as update `step` at learning rate lr, and clear them."""
         self.clock.switch(Part.OPTIMIZER)
         self.optimizer.step(lr)
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(step)
         self.clock.switch(Part.OTHER)
 
     def discard_update(self) -> None:
@@ -183,7 +188,7 @@ class Engine:
         return [None if gradient is None else local_of(gradient) for gradient in found]
 
     def state(self) -> dict[str, Stateful]:
-        """`model` and `optimizer`: live tensors by layout-independent names."""
+        """`model`, `optimizer` and, where there is one, `ema`: live tensors by layout-independent names."""
         return self.states
 
 
@@ -209,6 +214,7 @@ def build_engine(config: JobConfig, world: World, *, init_weights: bool = True) 
     for part in pipeline.parts:
         materialise(part, world.device, config.run.seed, init_weights)
     optimizer = build_optimizer(config, pipeline.parts)
+    average = WeightAverage(config.ema, optimizer.slots, init_weights) if config.ema.decay else None
     titan.register_load_balancing(plan, optimizer.adamw, pipeline.parts, dims)
     return Engine(
         config=config,
@@ -217,7 +223,8 @@ def build_engine(config: JobConfig, world: World, *, init_weights: bool = True) 
         plan=plan,
         pipeline=pipeline,
         optimizer=optimizer,
-        states=build_states(pipeline.parts, optimizer),
+        average=average,
+        states=build_states(pipeline.parts, optimizer, average),
         counters=titan.expert_token_counters(pipeline.parts),
         loss=loss,
     )

@@ -128,11 +128,12 @@ def _slot(config: OptimizerConfig, name: str, parameter: nn.Parameter) -> Slot:
     name = canonical_name(name)
     rule = rule_of(config, name, parameter.ndim)
     local = local_of(parameter).detach().requires_grad_()
-    state = {kind: _like(parameter, torch.zeros_like(local, requires_grad=False)) for kind in rule.state}
+    state = {kind: laid_out_like(parameter, torch.zeros_like(local, requires_grad=False)) for kind in rule.state}
     return Slot(name, parameter, local, rule, state)
 
 
-def _like(parameter: nn.Parameter, local: Tensor) -> Tensor:
+def laid_out_like(parameter: nn.Parameter, local: Tensor) -> Tensor:
+    """`local` as this rank's shard of a tensor that is cut as the parameter is; they share storage."""
     if not isinstance(parameter, DTensor):
         return local
     return DTensor.from_local(

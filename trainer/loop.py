@@ -156,7 +156,7 @@ def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
         leave_update_out(rank, batch, finding)
     else:
         rank.layers.look(step)
-        engine.optimizer_step(lr)
+        engine.optimizer_step(lr, step)
         rank.stretch = rank.watch.applied(step, vote.loss, vote.grad_norm)
     rank.integrity.remember(step + 1)
     return StepStats(work.loss, float(work.grad_norm), lr, finding is not None, data_s, stall_s, batch.batch), vote

@@ -130,7 +130,7 @@ class Driver:
             if doubted:
                 self.integrity.agree(work.grad_norm, LR, split=False)
         if torch.isfinite(work.grad_norm):
-            self.engine.optimizer_step(LR)
+            self.engine.optimizer_step(LR, step)
         else:
             self.engine.discard_update()
         self.integrity.remember(step + 1)
