@@ -237,6 +237,7 @@ def make_record(rank: Rank, stats: StepStats, step_s: float) -> StepRecord | Non
     z_loss = rank.engine.global_loss(rank.engine.z_loss)[0] if config.training.z_loss else None
     if rank.context.rank != 0:
         return None
+    experts = rank.layers.take_balance()
     tokens_per_s = rank.engine.global_tokens / step_s / config.world_size
     tflops = tokens_per_s * rank.engine.flops_per_token / 1e12
     memory_gib, memory_pct = _memory(rank.device)
@@ -264,6 +265,8 @@ def make_record(rank: Rank, stats: StepStats, step_s: float) -> StepRecord | Non
         validation_s=measured.seconds,
         batch=stats.batch,
         z_loss=None if z_loss is None else _finite(z_loss),
+        expert_entropy=None if experts is None else experts.entropy,
+        expert_max_over_mean=None if experts is None else experts.max_over_mean,
     )
 
 
