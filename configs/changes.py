@@ -23,6 +23,7 @@ _ALLOWED = {
     "cluster": "the machines are no part of the run",
     "checkpoint": "how often state is saved does not change the training",
     "validation": "measuring does not change the training; losses on other samples do not compare with earlier ones",
+    "evaluation": "evaluating does not change the training",
     "s3": "where snapshots are also kept does not change the training",
     "health": "how failures are noticed does not change the training",
     "integrity": "how often numbers are checked does not change them",

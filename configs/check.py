@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from configs.check_alerts import check_alerts
+from configs.check_evaluation import check_evaluation
 from configs.check_layout import check_layout
 from configs.errors import Problem, alternatives
 from configs.models import FAMILIES
@@ -30,7 +31,7 @@ def check_job(config: JobConfig) -> list[Problem]:
         what = f"{config.model.family} has no such flavour{alternatives(config.model.flavor, list(flavors))}"
         problems.append(Problem("model.flavor", config.model.flavor, what))
     problems += check_layout(config, facts)
-    problems += _check_validation(config) + _check_optimizer(config) + check_alerts(config)
+    problems += _check_validation(config) + check_evaluation(config) + _check_optimizer(config) + check_alerts(config)
     return problems + _check_checkpoint(config) + _check_numbers(config) + check_timeouts(config)
 
 

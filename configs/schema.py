@@ -96,6 +96,22 @@ class ValidationConfig(Section, frozen=True, kw_only=True):
     batches: Positive = 8
 
 
+class EvaluationConfig(Section, frozen=True, kw_only=True):
+    """`[evaluation]`: a program that is run on exported snapshots, beside training, on the supervisor's machine.
+
+    After every interval_steps-th step (0: never), a multiple of checkpoint.persist_interval_steps, and after the last
+    one. command is a program and its arguments, run without a shell, with EVERSTEP_MODEL (the exported folder, in
+    `format`), EVERSTEP_STEP and EVERSTEP_RUN in its environment. ema: export the average of the weights. Export and
+    program may take timeout_s together.
+    """
+
+    command: tuple[str, ...] = ()
+    interval_steps: NonNegative = 0
+    format: Literal["hf", "dcp"] = "hf"
+    ema: bool = False
+    timeout_s: PositiveFloat = 3600.0
+
+
 class OptimizerConfig(Section, frozen=True, kw_only=True):
     """`[optimizer]`: AdamW, or Muon beside it, and the schedule of both.
 
@@ -367,7 +383,12 @@ class AlertsConfig(Section, frozen=True, kw_only=True):
     webhook_env: str = ""
     command: tuple[str, ...] = ()
     min_severity: Literal["notice", "workers", "node", "job"] = "workers"
-    events: tuple[Literal["verdict", "eviction", "snapshot", "begin", "end"], ...] = ("verdict", "eviction", "end")
+    events: tuple[Literal["verdict", "eviction", "snapshot", "evaluation", "begin", "end"], ...] = (
+        "verdict",
+        "eviction",
+        "evaluation",
+        "end",
+    )
     max_per_hour: Positive = 12
     timeout_s: PositiveFloat = 10.0
     retries: NonNegative = 3
@@ -381,6 +402,7 @@ class JobConfig(Section, frozen=True, kw_only=True):
     data: DataConfig
     training: TrainingConfig
     validation: ValidationConfig = ValidationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     parallelism: ParallelismConfig = ParallelismConfig()

@@ -150,6 +150,8 @@ class FactKind(enum.StrEnum):
     ROLLBACK_WANTED = "rollback_wanted"
     FIRST_STEP = "first_step"
     STOPPING = "stopping"
+    EVALUATED = "evaluated"
+    EVALUATION_FAILED = "evaluation_failed"
 
 
 class Fact(msgspec.Struct, frozen=True, kw_only=True):
