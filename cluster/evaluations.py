@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import queue
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +26,8 @@ from trainer.events import Fact, FactKind
 from trainer.exits import ExitCode
 
 TASK, RESULT, LOG, HELD, MODEL = "task.json", "result.json", "log.txt", "checkpoints", "model"
+
+_LAST_WORDS_S = 5.0
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,7 +122,8 @@ class Evaluations:
         if wanted and busy and time.monotonic() < self._linger_until_s:
             return True
         if self._running is not None:
-            os.killpg(self._running[1].pid, signal.SIGTERM)
+            _end(self._running[1])
+            self._running = None
         return False
 
     def _committed(self, fact: Fact) -> None:
@@ -200,6 +202,16 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
             stderr=log,
             start_new_session=True,
         )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Have an evaluation end, and with it what it runs."""
+    process.terminate()
+    try:
+        process.wait(_LAST_WORDS_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _fact(kind: FactKind, step: int, generation: int, detail: str, seconds: float = 0.0) -> Fact:

@@ -224,14 +224,14 @@ class _Cursor:
 
 
 def orthogonalise(matrices: Tensor, iterations: int) -> Tensor:
-    """Newton-Schulz on [..., rows, columns]: the same singular vectors, all singular values about 1."""
+    """Newton-Schulz on [n, rows, columns]: the same singular vectors, all singular values about 1."""
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     found = matrices.mT if tall else matrices
     found = found / found.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)
     for _ in range(iterations):
         gram = found @ found.mT
-        found = a * found + (b * gram + c * (gram @ gram)) @ found
+        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
     return found.mT if tall else found
 
 

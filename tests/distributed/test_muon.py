@@ -40,9 +40,11 @@ def alone(shape: tuple[int, ...], number: int, fused: FusedHeads | None) -> Tens
         gradient = values(shape, 100 * step + 50 + number)
         momentum.lerp_(gradient, 1 - CONFIG.muon_momentum)
         wanted = gradient.lerp(momentum, CONFIG.muon_momentum)
+        wanted = wanted.view(-1, *shape[-2:])
         parts = fused.split(wanted) if fused else [wanted]
         done = [0.2 * max(part.shape[-2:]) ** 0.5 * orthogonalise(part, 5) for part in parts]
-        weight = weight * (1 - 0.5 * LR * DECAY) - 0.5 * LR * (fused.join(done) if fused else done[0])
+        update = (fused.join(done) if fused else done[0]).view(shape)
+        weight = weight * (1 - 0.5 * LR * DECAY) - 0.5 * LR * update
     return weight
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+import torch
 
 from configs.schema import OptimizerConfig
+from parallelism.optimizer import build_optimizer
 from parallelism.updates import check_patterns, rule_of
+from tests.unit import stories
 
 DIMS = {
     "tok_embeddings.weight": 2,
@@ -65,3 +68,27 @@ def test_a_pattern_that_matches_nothing_is_refused_with_names_that_exist(pattern
     with pytest.raises(ValueError, match=offered) as refused:
         check_patterns(OptimizerConfig(no_decay=("vectors", pattern)), DIMS)
     assert f'optimizer.no_decay: "{pattern}" matches no parameter' in str(refused.value)
+
+
+class _Small(torch.nn.Module):
+    """Three parameters of different fates, under the names that a model gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok_embeddings = torch.nn.Embedding(4, 4)
+        self.norm = torch.nn.LayerNorm(4)
+        self.lm_head = torch.nn.Linear(4, 4)
+
+
+def test_an_update_decays_what_the_rule_says() -> None:
+    """Without gradients to speak of, decayed weights shrink by lr times decay and spared ones stay."""
+    config = msgspec.structs.replace(stories.job(), optimizer=OptimizerConfig(weight_decay=0.5))
+    model = _Small()
+    optimizer = build_optimizer(config, [model])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.1)
+    for name, parameter in model.named_parameters():
+        left = 0.95 if name == "lm_head.weight" else 1.0
+        torch.testing.assert_close(parameter.detach(), left * before[name])
