@@ -37,7 +37,7 @@ class PlainLoop:
 
     def update(self, step: int) -> None:
         """The optimizer's part of a step."""
-        self.engine.optimizer_step(learning_rate(self.config.optimizer, self.config.training.steps, step))
+        self.engine.optimizer_step(learning_rate(self.config.optimizer, self.config.training.steps, step), step)
 
 
 def join_group() -> World:

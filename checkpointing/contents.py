@@ -13,7 +13,7 @@ from checkpointing.layout import SnapshotDamagedError
 from parallelism.outline import Outline
 
 COUNTER = "optimizer.step"
-MOMENTS = ("optimizer.exp_avg.", "optimizer.exp_avg_sq.")
+_MODEL, _OPTIMIZER, _AVERAGE = "model.", "optimizer.", "ema."
 
 
 class Wanted(NamedTuple):
@@ -31,11 +31,49 @@ class Wanted(NamedTuple):
 
 def wanted_tensors(model: Outline) -> list[Wanted]:
     """Everything that a snapshot of this model and its optimizer holds, the model first."""
-    found = [Wanted(f"model.{name}", tensor.dtype, tuple(tensor.shape)) for name, tensor in model.tensors.items()]
+    found = wanted_weights(model)
     found.append(Wanted(COUNTER, torch.float32, ()))
-    for moment in MOMENTS:
-        found += [Wanted(moment + name, p.dtype, tuple(p.shape)) for name, p in model.parameters.items()]
+    for name, parameter in model.parameters.items():
+        found += [Wanted(kept_as(kind, name), parameter.dtype, tuple(parameter.shape)) for kind in model.kept(name)]
+    if model.has_average:
+        found += [Wanted(_AVERAGE + name, p.dtype, tuple(p.shape)) for name, p in model.parameters.items()]
     return found
+
+
+def wanted_weights(model: Outline, averaged: bool = False) -> list[Wanted]:
+    """The model's tensors, or their averages where there are such, in the order of `Outline.tensors`."""
+    return [
+        Wanted(weight_name(model, name, averaged), tensor.dtype, tuple(tensor.shape))
+        for name, tensor in model.tensors.items()
+    ]
+
+
+def weight_name(model: Outline, name: str, averaged: bool = False) -> str:
+    """The logical tensor that holds one of the model's, or, if it has one and that is wanted, its average.
+
+    Raises:
+        ValueError: the run keeps no averages.
+    """
+    if averaged and not model.has_average:
+        raise ValueError("the run keeps no average of its weights (ema.decay = 0): leave --ema out")
+    return (_AVERAGE if averaged and name in model.parameters else _MODEL) + name
+
+
+def weight_of(name: str) -> str | None:
+    """The model's name of a logical tensor that is a weight or the average of one, None for others."""
+    prefix, _, inner = name.partition(".")
+    return inner if f"{prefix}." in (_MODEL, _AVERAGE) else None
+
+
+def kept_as(kind: str, parameter: str) -> str:
+    """The logical tensor in which the optimizer keeps something of a parameter."""
+    return f"{_OPTIMIZER}{kind}.{parameter}"
+
+
+def kept_of(name: str) -> tuple[str, str] | None:
+    """The inverse: kind and parameter, None for a logical tensor of another kind."""
+    kind, found, parameter = name.removeprefix(_OPTIMIZER).partition(".")
+    return (kind, parameter) if found and name.startswith(_OPTIMIZER) else None
 
 
 def check_shapes(snapshot: SnapshotReader, wanted: Sequence[Wanted]) -> None:

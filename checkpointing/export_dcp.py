@@ -1,8 +1,9 @@
 """A snapshot as a checkpoint folder of torch.distributed.checkpoint, with the keys that torchtitan's own has.
 
     layers.0.attention.wo.weight                     the model's tensors, as its state_dict has them
-    optimizer.state.<parameter>.exp_avg              AdamW's moments, exp_avg_sq and step
+    optimizer.state.<parameter>.exp_avg              AdamW's moments, exp_avg_sq and step; Muon's momentum_buffer
     optimizer.param_groups.<parameter>.lr            its settings
+    ema.layers.0.attention.wo.weight                 the average of a weight, where the run keeps one
     train_state.step, train_state.ntokens_seen       for torchtitan
     everstep.step, everstep.tokens_seen              the same as tensors: read back without unpickling anything
 
@@ -28,35 +29,53 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from checkpointing.assemble import SnapshotReader, open_snapshot
-from checkpointing.contents import COUNTER, MOMENTS, check_shapes, wanted_tensors
+from checkpointing.contents import (
+    COUNTER,
+    check_shapes,
+    kept_as,
+    wanted_tensors,
+    wanted_weights,
+    weight_name,
+    weight_of,
+)
 from checkpointing.staged import staged_folder
 from configs.load import load_job
 from configs.schema import OptimizerConfig
 from parallelism.outline import Outline, outline
+from parallelism.updates import UpdateRule, rule_of
 
 FILE_BYTES = 512 * 2**20
 STEP_KEY, TOKENS_KEY = "everstep.step", "everstep.tokens_seen"
+AVERAGE_KEY = "ema."
 Progress = Callable[[str, int, int], None]
 
 
-def export_dcp(run_dir: Path, step: int, output: Path, progress: Progress, *, file_bytes: int = FILE_BYTES) -> None:
+def export_dcp(
+    run_dir: Path, step: int, output: Path, progress: Progress, *, file_bytes: int = FILE_BYTES, averaged: bool = False
+) -> None:
     """Write `output`, a folder that torch.distributed.checkpoint.load and torchtitan read on any number of ranks.
 
     It has no state of a learning rate schedule and of a data loader: name those in torchtitan's
     `checkpoint.exclude_from_loading`. Memory: one logical tensor and file_bytes, since torch's writer keeps what it
     has put into the file that it is at. progress(what, done_bytes, total_bytes): what is `verify`, then `write`.
+    averaged: put the weights' average in their place, and leave out what the optimizer keeps of those.
 
     Raises:
-        ValueError: the snapshot is missing or damaged (the message names the file), or of another model than
-            config.toml describes; output is not empty; no room.
+        ValueError: the run keeps no average; the snapshot is missing or damaged (the message names the file), or of
+            another model than config.toml describes; output is not empty; no room.
     """
     config = load_job(run_dir / "config.toml")
     model = outline(config)
-    wanted = wanted_tensors(model)
+    wanted = wanted_weights(model, averaged=True) if averaged else wanted_tensors(model)
     with open_snapshot(run_dir, step, [tensor.name for tensor in wanted], progress) as snapshot:
         check_shapes(snapshot, wanted)
         source = _Source(model, snapshot)
-        state = _state(model, config.optimizer, source, step, int(snapshot.scalars.get("tokens_seen", 0)))
+        state = _weights(model, source, averaged)
+        if not averaged:
+            state |= _optimizer(model, config.optimizer, source)
+        tokens_seen = int(snapshot.scalars.get("tokens_seen", 0))
+        state["train_state"] = {"step": step, "ntokens_seen": tokens_seen}
+        state["everstep"] = {"step": torch.tensor(step), "tokens_seen": torch.tensor(tokens_seen)}
         with staged_folder(output) as folder:
             _save(state, _Writer(folder, file_bytes), _LazyPlanner(source, progress))
 
@@ -76,43 +95,65 @@ class _Source:
             name = self.origins[key]
             self._parts = {}
             tensor = self._snapshot.read(name)
-            kind, _, inner = name.partition(".")
-            self._parts = self._model.split(inner, tensor) if kind == "model" else {key: tensor}
+            inner = weight_of(name)
+            prefix = AVERAGE_KEY if key.startswith(AVERAGE_KEY) else ""
+            parts = {key: tensor} if inner is None else self._model.split(inner, tensor)
+            self._parts = {prefix + part: value for part, value in parts.items()} if inner else parts
         return self._parts[key]
 
 
-def _state(model: Outline, optimizer: OptimizerConfig, source: _Source, step: int, tokens_seen: int) -> dict[str, Any]:
-    """The state dict to save; tensors of the snapshot stand in it as meta tensors, and `source` learns their names."""
+def _weights(model: Outline, source: _Source, averaged: bool) -> dict[str, Any]:
+    """The model's part of the state dict to save; tensors of the snapshot stand in it as meta tensors, and `source`
+    learns their names."""
     state: dict[str, Any] = {}
     for name, tensor in model.tensors.items():
         for key, part in model.split(name, tensor).items():
             state[key] = part
-            source.origins[key] = f"model.{name}"
-    inner: dict[str, Any] = {}
-    for name, parameter in model.parameters.items():
-        entries = {"exp_avg": MOMENTS[0] + name, "exp_avg_sq": MOMENTS[1] + name, "step": COUNTER}
-        for kind, origin in entries.items():
-            inner[f"state.{name}.{kind}"] = torch.empty((), device="meta") if kind == "step" else parameter
-            source.origins[f"optimizer.state.{name}.{kind}"] = origin
-        for setting, value in _settings(optimizer, parameter.dim()).items():
-            inner[f"param_groups.{name}.{setting}"] = value
-    state["optimizer"] = inner
-    state["train_state"] = {"step": step, "ntokens_seen": tokens_seen}
-    state["everstep"] = {"step": torch.tensor(step), "tokens_seen": torch.tensor(tokens_seen)}
+            source.origins[key] = weight_name(model, name, averaged)
+            if model.has_average and not averaged and name in model.parameters:
+                state[AVERAGE_KEY + key] = part
+                source.origins[AVERAGE_KEY + key] = weight_name(model, name, averaged=True)
     return state
 
 
-def _settings(config: OptimizerConfig, dims: int) -> dict[str, Any]:
-    """What torch's AdamW keeps beside a parameter's moments; vectors are not decayed."""
-    adamw = torch.optim.AdamW(
+def _optimizer(model: Outline, optimizer: OptimizerConfig, source: _Source) -> dict[str, Any]:
+    """The optimizer's part."""
+    inner: dict[str, Any] = {}
+    for name, parameter in model.parameters.items():
+        rule = rule_of(optimizer, name, parameter.dim())
+        entries = {kind: kept_as(kind, name) for kind in rule.state} | ({} if rule.muon else {"step": COUNTER})
+        for kind, origin in entries.items():
+            inner[f"state.{name}.{kind}"] = torch.empty((), device="meta") if kind == "step" else parameter
+            source.origins[f"optimizer.state.{name}.{kind}"] = origin
+        for setting, value in _settings(optimizer, rule).items():
+            inner[f"param_groups.{name}.{setting}"] = value
+    return {"optimizer": inner}
+
+
+def _settings(config: OptimizerConfig, rule: UpdateRule) -> dict[str, Any]:
+    """What torch's own optimizer keeps beside a parameter's moments."""
+    return _defaults(config, rule) | {"initial_lr": config.lr * (config.muon_lr_ratio if rule.muon else 1.0)}
+
+
+def _defaults(config: OptimizerConfig, rule: UpdateRule) -> dict[str, Any]:
+    if rule.muon:
+        return torch.optim.Muon(
+            [torch.zeros(1, 1)],
+            lr=config.lr * config.muon_lr_ratio,
+            weight_decay=rule.weight_decay,
+            momentum=config.muon_momentum,
+            nesterov=config.muon_nesterov,
+            ns_steps=config.muon_iterations,
+            adjust_lr_fn=config.muon_scale,
+        ).defaults
+    return torch.optim.AdamW(
         [torch.zeros(1)],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        weight_decay=config.weight_decay if dims >= 2 else 0.0,
+        weight_decay=rule.weight_decay,
         fused=True,
-    )
-    return {key: value for key, value in adamw.param_groups[0].items() if key != "params"} | {"initial_lr": config.lr}
+    ).defaults
 
 
 class _LazyPlanner(DefaultSavePlanner):

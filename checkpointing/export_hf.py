@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from checkpointing.assemble import SnapshotReader, open_snapshot
-from checkpointing.contents import check_shapes, wanted_tensors
+from checkpointing.contents import check_shapes, wanted_weights, weight_name
 from checkpointing.flatten import DTYPES
 from checkpointing.hf_tokenizer import tokenizer_files
 from checkpointing.staged import StreamedFile, staged_folder
@@ -33,28 +33,28 @@ class _Entry(NamedTuple):
 
 def export_hf(
     run_dir: Path, step: int, output: Path, dtype: Literal["float32", "bfloat16"], progress: Progress,
-    *, file_bytes: int = FILE_BYTES, drop_expert_bias: bool = False,
+    *, file_bytes: int = FILE_BYTES, drop_expert_bias: bool = False, averaged: bool = False,
 ) -> None:  # fmt: skip
     """Write `output`, a folder that `transformers.AutoModelForCausalLM.from_pretrained` reads.
 
     Memory: one logical tensor and what becomes of it. progress(what, done_bytes, total_bytes): what is `verify`, then
     `write`. file_bytes: the most that one weights file holds, unless a single tensor is larger.
     drop_expert_bias: export a model whose architecture has no place for the balancing biases of its router without
-    them; it then routes some tokens to other experts than the trained one.
+    them; it then routes some tokens to other experts than the trained one. averaged: take the weights' average.
 
     Raises:
-        ValueError: no transformers model computes the same; the snapshot is missing or damaged (the message names the
-            file); output is not empty; no room.
+        ValueError: the run keeps no average; no transformers model computes the same; the snapshot is missing or
+            damaged (the message names the file); output is not empty; no room.
     """
     config = load_job(run_dir / "config.toml")
     names = hf_names(config)
-    wanted = [tensor for tensor in wanted_tensors(names.model) if tensor.name.startswith("model.")]
+    wanted = wanted_weights(names.model, averaged)
     with open_snapshot(run_dir, step, [tensor.name for tensor in wanted], progress) as snapshot:
         check_shapes(snapshot, wanted)
         if not drop_expert_bias:
             _check_unplaced(names, snapshot)
         with staged_folder(output) as folder:
-            _write_weights(folder, names, snapshot, _DTYPES[dtype], file_bytes, progress)
+            _write_weights(folder, names, snapshot, _DTYPES[dtype], file_bytes, progress, averaged)
             _write_texts(folder, config, names, dtype)
 
 
@@ -72,8 +72,9 @@ def _check_unplaced(names: HfNames, snapshot: SnapshotReader) -> None:
 
 
 def _write_weights(
-    folder: Path, names: HfNames, snapshot: SnapshotReader, dtype: torch.dtype, file_bytes: int, progress: Progress
-) -> None:
+    folder: Path, names: HfNames, snapshot: SnapshotReader, dtype: torch.dtype, file_bytes: int, progress: Progress,
+    averaged: bool,
+) -> None:  # fmt: skip
     entries = [
         _Entry(name, shape, math.prod(shape) * _stored_as(name, dtype).itemsize)
         for parts in names.names.values()
@@ -81,7 +82,7 @@ def _write_weights(
     ]
     files = _divide(entries, file_bytes)
     total, done = sum(entry.size_bytes for entry in entries), 0
-    tensors = _converted(names, snapshot, dtype)
+    tensors = _converted(names, snapshot, dtype, averaged)
     for file, contents in files.items():
         with StreamedFile(folder / file) as stream:
             stream.write(_header(contents, dtype))
@@ -97,10 +98,12 @@ def _write_weights(
         _write_json(folder, "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _converted(names: HfNames, snapshot: SnapshotReader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _converted(
+    names: HfNames, snapshot: SnapshotReader, dtype: torch.dtype, averaged: bool
+) -> Iterator[tuple[str, Tensor]]:
     for name, parts in names.names.items():
         if parts:
-            for key, value in names.to_hf(name, snapshot.read(f"model.{name}")).items():
+            for key, value in names.to_hf(name, snapshot.read(weight_name(names.model, name, averaged))).items():
                 yield key, value.to(_stored_as(key, dtype))
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from checkpointing.contents import COUNTER, MOMENTS, wanted_tensors
+from checkpointing.contents import COUNTER, kept_of, wanted_tensors, weight_of
 from checkpointing.dcp_metadata import SafeReader
-from checkpointing.export_dcp import STEP_KEY, TOKENS_KEY
+from checkpointing.export_dcp import AVERAGE_KEY, STEP_KEY, TOKENS_KEY
 from checkpointing.imported import SHARD_BYTES, check_unused, write_snapshot
 from checkpointing.reshard import Box, intersect, subtract
 from configs.schema import JobConfig
@@ -57,17 +57,19 @@ def _value(model: Outline, checkpoint: _Checkpoint, name: str) -> Tensor | None:
         counters = (key for key in checkpoint.tensors if key.startswith("optimizer.state.") and key.endswith(".step"))
         first = next(counters, None)
         return None if first is None else checkpoint.read(first, ())
-    for moment in MOMENTS:
-        if name.startswith(moment):
-            parameter = name.removeprefix(moment)
-            kind = moment.split(".")[1]
-            key = f"optimizer.state.{parameter}.{kind}"
-            return checkpoint.read(key, model.tensors[parameter].shape) if key in checkpoint.tensors else None
-    inner = name.removeprefix("model.")
+    if kept := kept_of(name):
+        kind, parameter = kept
+        key = f"optimizer.state.{parameter}.{kind}"
+        return checkpoint.read(key, model.tensors[parameter].shape) if key in checkpoint.tensors else None
+    inner = weight_of(name)
+    assert inner is not None
     parts = model.needed(inner)
-    if any(key not in checkpoint.tensors for key in parts):
-        return None
-    return model.join(inner, {key: checkpoint.read(key, part.shape) for key, part in parts.items()})
+    # An average that the checkpoint does not have begins with the weights.
+    prefixes = (AVERAGE_KEY, "") if name.startswith(AVERAGE_KEY) else ("",)
+    for prefix in prefixes:
+        if all(prefix + key in checkpoint.tensors for key in parts):
+            return model.join(inner, {key: checkpoint.read(prefix + key, part.shape) for key, part in parts.items()})
+    return None
 
 
 class _Checkpoint:

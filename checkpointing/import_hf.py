@@ -11,7 +11,7 @@ import msgspec
 import safetensors
 from torch import Tensor
 
-from checkpointing.contents import wanted_tensors
+from checkpointing.contents import wanted_tensors, weight_of
 from checkpointing.imported import SHARD_BYTES, check_unused, write_snapshot
 from configs.schema import JobConfig
 from parallelism.hf_names import HfNames, hf_names
@@ -44,9 +44,10 @@ def import_hf(
         weights = _Weights(source, stack)
 
         def value(name: str) -> Tensor | None:
-            kind, _, inner = name.partition(".")
-            parts = names.names[inner] if kind == "model" else {}
-            if not parts:
+            # An average begins with the weights.
+            inner = weight_of(name)
+            parts = {} if inner is None else names.names[inner]
+            if inner is None or not parts:
                 return None
             return names.from_hf(inner, {key: weights.read(key, shape) for key, shape in parts.items()})
 

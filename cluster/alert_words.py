@@ -69,6 +69,9 @@ class AlertWriter:
                 due += self._filtered(self._short("eviction", f"{event.node} is evicted: {event.reason}", event))
             case events.WorkersReported(fact=fact) if fact.kind in _SNAPSHOT_TROUBLE:
                 due += self._filtered(self._short("snapshot", _snapshot_words(fact), event))
+            case events.WorkersReported(fact=fact) if fact.kind is FactKind.EVALUATION_FAILED:
+                words = f"the evaluation of step {fact.step} failed: {fact.detail}"
+                due += self._filtered(self._short("evaluation", words, event))
             case events.RunStarted():
                 again = f", attempt {event.attempt}" if event.attempt > 1 else ""
                 due += self._filtered(self._short("begin", f"begins{again}: {event.target_steps} steps", event))

@@ -127,6 +127,8 @@ class Export(_OfRun):
     """This step, instead of the newest."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the weights in a Hugging Face model."""
+    ema: bool = False
+    """The weights' average, in their place."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -318,11 +320,11 @@ def _export(command: Export, _overrides: Sequence[str]) -> int:
         if command.format == "hf":
             from checkpointing.export_hf import export_hf
 
-            export_hf(run_dir.path, step, command.output, command.dtype, progress)
+            export_hf(run_dir.path, step, command.output, command.dtype, progress, averaged=command.ema)
         else:
             from checkpointing.export_dcp import export_dcp
 
-            export_dcp(run_dir.path, step, command.output, progress)
+            export_dcp(run_dir.path, step, command.output, progress, averaged=command.ema)
     make_console().print(f"step {step} of {run_dir.path.name} exported to {command.output}", highlight=False)
     return ExitCode.DONE
 

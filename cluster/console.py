@@ -155,6 +155,10 @@ def _describe_fact(event: events.WorkersReported) -> str:
             return f"[bold yellow]{fact.node}[/]: {escape(fact.detail)}"
         case FactKind.UPDATE_REPLAYED:
             return f"step {fact.step} computed again in {fact.seconds:.2f} s: {escape(fact.detail)}"
+        case FactKind.EVALUATED:
+            return f"step {fact.step} evaluated in {fact.seconds:.0f} s: {escape(fact.detail)}"
+        case FactKind.EVALUATION_FAILED:
+            return f"[bold yellow]evaluation of step {fact.step} failed[/]: {escape(fact.detail)}; training goes on"
         case FactKind.UPDATE_SKIPPED:
             return f"[bold yellow]update of step {fact.step} skipped[/]: {escape(fact.detail)}"
         case _:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cluster import events
 from cluster.addresses import own_address
+from cluster.evaluations import Evaluations
 from cluster.fencing import FenceWatcher
 from cluster.history import HistoryFile, history_path
 from cluster.jobstate import RESTARTING_ACTIONS, JobState
@@ -84,15 +85,18 @@ def _run_locked(
         scheduler.close()
         if newest_snapshot(run_dir.path) >= config.training.steps:
             return ExitCode.DONE
+    evaluations = Evaluations(config, run_dir)
+    evaluations.open()
     history = HistoryFile(history_path(config, run_dir.path.parent))
     memory = Remembering(watcher, history, config.run.name)
     memory.open()
     host = own_address(config.cluster, socket.gethostname())
     with _listening(run_dir, host) as ears, _leased(run_dir, host) as keeper:
-        told = Watchers(memory, keeper)
+        told = Watchers(memory, keeper, evaluations)
         supervisor = Supervisor(
-            config, run_dir, scheduler, ears, Journal(run_dir.events), state, fit if taking_over else {}, told
-        )
+            config, run_dir, scheduler, ears, Journal(run_dir.events), state, fit if taking_over else {}, told,
+            evaluations,
+        )  # fmt: skip
         with _signals(supervisor):
             if taking_over:
                 memory.adopt(list(fit), time.time())

@@ -19,6 +19,7 @@ from cluster.actions import Decision, Evict, Nothing, Replace, Restart, Stop, ac
 from cluster.answering import Answering
 from cluster.deciding import Deciding
 from cluster.ending import End, ended_after, too_few
+from cluster.evaluations import Evaluations
 from cluster.fleet import AgentView, first_members
 from cluster.fleet_doctor import FleetDoctor
 from cluster.generations import Generations
@@ -59,6 +60,7 @@ class Supervisor:
         state: JobState,
         handles: Mapping[str, str],
         watcher: Watcher,
+        evaluations: Evaluations | None = None,
     ) -> None:
         self.config = config
         self.run_dir = run_dir
@@ -68,6 +70,7 @@ class Supervisor:
         self.state = state
         self.handles = dict(handles)
         self.watcher = watcher
+        self.evaluations = evaluations
         self.views: dict[str, AgentView] = {}
         self.noticing = Noticing(config, scheduler, self.views, time.monotonic())
         self.doctor = FleetDoctor(run_dir, config.health)
@@ -99,9 +102,15 @@ class Supervisor:
             self.examine(now)
             self.try_plan()
             self.try_finish(now)
-            self.watcher.on_tick()
+            self.tell_watcher()
         self.shut_down()
         return self.exit_code
+
+    def tell_watcher(self) -> None:
+        """Let others do their part of a tick, and write down what evaluations have come to."""
+        self.watcher.on_tick()
+        for fact in self.evaluations.take_facts() if self.evaluations else ():
+            self.emit(events.WorkersReported, fact=fact)
 
     def adopt(self, plan: Plan, gather: Sequence[Gather], order: Sequence[str], interrupted: bool) -> None:
         """Go on with the generation that a dead supervisor planned last.
@@ -429,6 +438,9 @@ class Supervisor:
         for node, handle in self.handles.items():
             self.scheduler.kill(node, handle)
         self.deciding.leave()
+        while self.evaluations is not None and self.evaluations.lingers(self.exit_code, self.interrupts):
+            self.tell_watcher()
+            time.sleep(_TICK_S)
         self.emit(
             events.RunStopped,
             exit_code=int(self.exit_code),

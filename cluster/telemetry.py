@@ -72,7 +72,10 @@ def metric_row(record: StepRecord, ettr: float | None) -> dict[str, float | int]
     row = {
         "loss/avg": record.loss_avg,
         "loss/max": record.loss_max,
+        "loss/z": record.z_loss,
         "validation/loss_avg": record.validation_loss,
+        "experts/load_entropy": record.expert_entropy,
+        "experts/load_max_over_mean": record.expert_max_over_mean,
         "grad_norm": record.grad_norm,
         "lr": record.lr,
         "tokens_seen": record.tokens_seen,

@@ -23,6 +23,7 @@ _ALLOWED = {
     "cluster": "the machines are no part of the run",
     "checkpoint": "how often state is saved does not change the training",
     "validation": "measuring does not change the training; losses on other samples do not compare with earlier ones",
+    "evaluation": "evaluating does not change the training",
     "s3": "where snapshots are also kept does not change the training",
     "health": "how failures are noticed does not change the training",
     "integrity": "how often numbers are checked does not change them",
@@ -46,7 +47,9 @@ _REFUSED = {
     "training.seq_len": "samples are cut to this length, so every later step would read other data",
     "training.global_batch_size": "it decides which samples step s reads",
     "training.max_grad_norm": "it changes the updates",
+    "training.z_loss": "it changes the updates",
     "optimizer": "it changes the updates",
+    "ema": "the average is one over the whole run",
     "precision": "it changes the arithmetic",
 }
 

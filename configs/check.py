@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from configs.check_alerts import check_alerts
+from configs.check_evaluation import check_evaluation
 from configs.check_layout import check_layout
 from configs.errors import Problem, alternatives
 from configs.models import FAMILIES
@@ -30,7 +31,7 @@ def check_job(config: JobConfig) -> list[Problem]:
         what = f"{config.model.family} has no such flavour{alternatives(config.model.flavor, list(flavors))}"
         problems.append(Problem("model.flavor", config.model.flavor, what))
     problems += check_layout(config, facts)
-    problems += _check_validation(config) + _check_optimizer(config) + check_alerts(config)
+    problems += _check_validation(config) + check_evaluation(config) + _check_optimizer(config) + check_alerts(config)
     return problems + _check_checkpoint(config) + _check_numbers(config) + check_timeouts(config)
 
 
@@ -128,7 +129,8 @@ def _check_validation(config: JobConfig) -> list[Problem]:
 def _check_optimizer(config: JobConfig) -> list[Problem]:
     optimizer, steps = config.optimizer, config.training.steps
     problems = []
-    for key, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+    averages = ("beta1", optimizer.beta1), ("beta2", optimizer.beta2), ("muon_momentum", optimizer.muon_momentum)
+    for key, beta in averages:
         if beta >= 1:
             problems.append(Problem(f"optimizer.{key}", beta, "must be below 1, or the average never moves"))
     if optimizer.warmup_steps > steps:
@@ -145,6 +147,9 @@ def _check_optimizer(config: JobConfig) -> list[Problem]:
                 f"decay would begin before the {optimizer.warmup_steps} steps of warm-up end; set at most {largest:g}",
             )
         )
+    if optimizer.decay_shape != "linear" and optimizer.schedule != "wsd":
+        what = f'{optimizer.schedule} has its own shape; set optimizer.schedule = "wsd", or leave this key out'
+        problems.append(Problem("optimizer.decay_shape", optimizer.decay_shape, what))
     return problems
 
 

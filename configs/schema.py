@@ -68,13 +68,18 @@ class DataConfig(Section, frozen=True, kw_only=True):
 
 
 class TrainingConfig(Section, frozen=True, kw_only=True):
-    """`[training]`: global_batch_size counts sequences a step over all ranks; microbatch_size those of one forward."""
+    """`[training]`: global_batch_size counts sequences a step over all ranks; microbatch_size those of one forward.
+
+    z_loss: coefficient of the mean square of the log of the output softmax's denominator, which is minimised beside
+    the loss (0: none).
+    """
 
     steps: Positive
     seq_len: Positive
     global_batch_size: Positive
     microbatch_size: Positive = 1
     max_grad_norm: PositiveFloat = 1.0
+    z_loss: NonNegativeFloat = 0.0
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
     compile: bool = False
 
@@ -91,22 +96,66 @@ class ValidationConfig(Section, frozen=True, kw_only=True):
     batches: Positive = 8
 
 
-class OptimizerConfig(Section, frozen=True, kw_only=True):
-    """`[optimizer]`: AdamW and its schedule.
+class EvaluationConfig(Section, frozen=True, kw_only=True):
+    """`[evaluation]`: a program that is run on exported snapshots, beside training, on the supervisor's machine.
 
-    decay_fraction: the last part of the steps over which `wsd` decays; cosine and linear decay all the way after
-    warm-up. min_lr_ratio: the floor as a part of lr.
+    After every interval_steps-th step (0: never), a multiple of checkpoint.persist_interval_steps, and after the last
+    one. command is a program and its arguments, run without a shell, with EVERSTEP_MODEL (the exported folder, in
+    `format`), EVERSTEP_STEP and EVERSTEP_RUN in its environment. ema: export the average of the weights. Export and
+    program may take timeout_s together.
     """
 
+    command: tuple[str, ...] = ()
+    interval_steps: NonNegative = 0
+    format: Literal["hf", "dcp"] = "hf"
+    ema: bool = False
+    timeout_s: PositiveFloat = 3600.0
+
+
+class OptimizerConfig(Section, frozen=True, kw_only=True):
+    """`[optimizer]`: AdamW, or Muon beside it, and the schedule of both.
+
+    `muon` (arXiv 2502.16982) updates all matrices but embeddings, head and what muon_except (patterns of names) says;
+    the rest is AdamW's. It orthogonalises each matrix's momentum in muon_iterations, in bf16 on GPUs, and scales it so
+    that it moves as far as AdamW's would (`match_rms_adamw`) or by the root of rows over columns (`original`).
+    muon_lr_ratio: its rate as a part of lr.
+
+    no_decay: what weight_decay spares: `vectors` (parameters of one dim: norms, biases), `embeddings`, or patterns of
+    parameter names with `*`; one that matches nothing is an error.
+    decay_fraction: the last part of the steps over which `wsd` decays, in the shape of decay_shape (`sqrt` is 1 minus
+    the root of the way gone, arXiv 2405.18392); cosine and linear decay all the way after warm-up. min_lr_ratio: the
+    floor as a part of lr.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 3e-4
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
+    no_decay: tuple[str, ...] = ("vectors", "embeddings")
+    muon_momentum: Fraction = 0.95
+    muon_nesterov: bool = True
+    muon_iterations: Annotated[int, msgspec.Meta(ge=1, lt=100)] = 5
+    muon_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    muon_lr_ratio: PositiveFloat = 1.0
+    muon_except: tuple[str, ...] = ()
     warmup_steps: NonNegative = 0
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     decay_fraction: Fraction = 0.2
+    decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"
     min_lr_ratio: Fraction = 0.1
+
+
+class EmaConfig(Section, frozen=True, kw_only=True):
+    """`[ema]`: an exponential moving average of the weights, kept beside them, saved and exported with them.
+
+    decay: what a step leaves of it (0: no average); lower in the first steps. interval_steps: how often the weights
+    are taken in; the decay remains that of a step.
+    """
+
+    decay: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    interval_steps: Positive = 1
 
 
 class ParallelismConfig(Section, frozen=True, kw_only=True):
@@ -334,7 +383,12 @@ class AlertsConfig(Section, frozen=True, kw_only=True):
     webhook_env: str = ""
     command: tuple[str, ...] = ()
     min_severity: Literal["notice", "workers", "node", "job"] = "workers"
-    events: tuple[Literal["verdict", "eviction", "snapshot", "begin", "end"], ...] = ("verdict", "eviction", "end")
+    events: tuple[Literal["verdict", "eviction", "snapshot", "evaluation", "begin", "end"], ...] = (
+        "verdict",
+        "eviction",
+        "evaluation",
+        "end",
+    )
     max_per_hour: Positive = 12
     timeout_s: PositiveFloat = 10.0
     retries: NonNegative = 3
@@ -348,7 +402,9 @@ class JobConfig(Section, frozen=True, kw_only=True):
     data: DataConfig
     training: TrainingConfig
     validation: ValidationConfig = ValidationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
     parallelism: ParallelismConfig = ParallelismConfig()
     precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

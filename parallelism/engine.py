@@ -12,20 +12,24 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from configs.schema import JobConfig
 from parallelism import titan
+from parallelism.average import WeightAverage
 from parallelism.clock import Clock, Part
 from parallelism.gradients import clip_by_global_norm
 from parallelism.initialise import derive_seed, materialise
+from parallelism.losses import StepLoss
 from parallelism.mesh import MeshCoords, World, coords_of, loss_ranks
-from parallelism.optimizer import ShardedAdamW, build_adamw, local_of
+from parallelism.optimizer import ShardedOptimizer, build_optimizer, local_of
 from parallelism.state import build_states
 from parallelism.uncounted import evaluation, forget_trial_runs
+from parallelism.updates import check_patterns
 
 
 class Engine:
     """A model and its optimizer on this rank. Built by `build_engine`; every rank calls every method in step.
 
     coords: where this rank stands. n_params and flops_per_token are those of the whole model. clock: is told what
-    this rank computes; one that runs may be put in its place.
+    this rank computes; one that runs may be put in its place. z_loss: this rank's share of the last step's, as the
+    loss's, a detached scalar; zero where there is none.
     """
 
     def __init__(
@@ -36,9 +40,11 @@ class Engine:
         coords: MeshCoords,
         plan: titan.Blueprint,
         pipeline: titan.Pipeline,
-        optimizer: ShardedAdamW,
+        optimizer: ShardedOptimizer,
+        average: WeightAverage | None,
         states: dict[str, Stateful],
         counters: list[Tensor],
+        loss: StepLoss,
     ) -> None:
         self.config = config
         self.device = device
@@ -48,6 +54,7 @@ class Engine:
         self.has_first_stage = pipeline.has_first_stage
         self.is_loss_rank = pipeline.has_last_stage
         self.optimizer = optimizer
+        self.average = average
         self.states = states
         self.expert_counters = counters
         self.needs_masks = plan.needs_masks
@@ -57,6 +64,8 @@ class Engine:
         self.dp_degree = coords.dp_degree
         self.reads_data = True
         self.clock = Clock()
+        self.z_loss = torch.zeros((), dtype=torch.float32, device=device)
+        self._loss = loss
         self.global_tokens = config.training.global_batch_size * config.training.seq_len
 
     def forward_backward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -69,8 +78,9 @@ class Engine:
 
         Returns:
             The sum of the token losses divided by the step's number of tokens over all ranks, a detached scalar;
-            zero on a rank without the last stage.
+            zero on a rank without the last stage. `z_loss` is no part of it.
         """
+        self._loss.forget()
         if self.schedule is not None:
             self.clock.switch(Part.BACKWARD)
             total = self._run_schedule(self.schedule.step, tokens, positions)
@@ -82,6 +92,8 @@ class Engine:
                 loss.backward()
                 total += loss.detach()
                 self.clock.switch(Part.FORWARD)
+        if self._loss.has_z and self.is_loss_rank:
+            total, self.z_loss = self._loss.parts()
         self.clock.switch(Part.OTHER)
         return total
 
@@ -102,7 +114,7 @@ class Engine:
         for start in range(0, len(inputs), size):
             chunk = slice(start, start + size)
             extra = self._model_inputs(inputs[chunk], None if positions is None else positions[chunk])
-            yield titan.token_loss_sum(self.parts[0](inputs[chunk], **extra), labels[chunk]) / self.global_tokens
+            yield self._loss(self.parts[0](inputs[chunk], **extra), labels[chunk])
 
     def _on_device(self, tokens: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         tokens = tokens.to(self.device)
@@ -146,11 +158,13 @@ class Engine:
         self.clock.switch(Part.OTHER)
         return norm
 
-    def optimizer_step(self, lr: float) -> None:
-        """Apply the accumulated gradients at learning rate lr, and clear them."""
+    def optimizer_step(self, lr: float, step: int) -> None:
+        """Apply the accumulated gradients as update `step` at learning rate lr, and clear them."""
         self.clock.switch(Part.OPTIMIZER)
         self.optimizer.step(lr)
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(step)
         self.clock.switch(Part.OTHER)
 
     def discard_update(self) -> None:
@@ -174,7 +188,7 @@ class Engine:
         return [None if gradient is None else local_of(gradient) for gradient in found]
 
     def state(self) -> dict[str, Stateful]:
-        """`model` and `optimizer`: live tensors by layout-independent names."""
+        """`model`, `optimizer` and, where there is one, `ema`: live tensors by layout-independent names."""
         return self.states
 
 
@@ -191,13 +205,16 @@ def build_engine(config: JobConfig, world: World, *, init_weights: bool = True) 
     """
     titan.prepare_process(world.device)
     plan = titan.blueprint(config, world.device)
+    check_patterns(config.optimizer, {titan.canonical_name(n): p.ndim for n, p in plan.model.named_parameters()})
     dims = titan.build_dims(config, world)
-    pipeline = titan.parallelise(plan, config, dims, world.device)
+    loss = StepLoss(config.training.z_loss, config.training.global_batch_size * config.training.seq_len)
+    pipeline = titan.parallelise(plan, config, dims, world.device, loss)
     if pipeline.schedule is not None:
-        forget_trial_runs(pipeline.schedule, pipeline.parts)
+        forget_trial_runs(pipeline.schedule, pipeline.parts, loss)
     for part in pipeline.parts:
         materialise(part, world.device, config.run.seed, init_weights)
-    optimizer = build_adamw(config.optimizer, pipeline.parts)
+    optimizer = build_optimizer(config, pipeline.parts)
+    average = WeightAverage(config.ema, optimizer.slots, init_weights) if config.ema.decay else None
     titan.register_load_balancing(plan, optimizer.adamw, pipeline.parts, dims)
     return Engine(
         config=config,
@@ -206,6 +223,8 @@ def build_engine(config: JobConfig, world: World, *, init_weights: bool = True) 
         plan=plan,
         pipeline=pipeline,
         optimizer=optimizer,
-        states=build_states(pipeline.parts, optimizer),
+        average=average,
+        states=build_states(pipeline.parts, optimizer, average),
         counters=titan.expert_token_counters(pipeline.parts),
+        loss=loss,
     )

@@ -10,21 +10,24 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from configs.schema import JobConfig, ParallelismConfig
+from configs.schema import JobConfig, OptimizerConfig, ParallelismConfig
 from parallelism import titan
+from parallelism.updates import rule_of
 
 
 class Outline:
     """What a snapshot of a job holds, and under which keys torchtitan's own state dict has it. Nothing has storage.
 
     tensors: the model's logical tensors by canonical name, in the model's order; parameters: those that the optimizer
-    has moments of. spec: torchtitan's. The two differ from torchtitan's state dict in two ways: its modules split a
-    fused query-key-value projection, and it repeats tied weights.
+    updates. has_average: whether an average of those is kept. spec: torchtitan's. The two differ from torchtitan's
+    state dict in two ways: its modules split a fused query-key-value projection, and it repeats tied weights.
     """
 
-    def __init__(self, spec: Any, model: nn.Module) -> None:
+    def __init__(self, spec: Any, model: nn.Module, optimizer: OptimizerConfig, has_average: bool) -> None:
         self.spec = spec
         self.model = model
+        self.optimizer = optimizer
+        self.has_average = has_average
         self.parameters = {titan.canonical_name(name): p.detach() for name, p in model.named_parameters()}
         kept = model.state_dict(keep_vars=True)
         buffers = {titan.canonical_name(n): b.detach() for n, b in model.named_buffers() if n in kept}
@@ -33,6 +36,10 @@ class Outline:
             name: [key for key, value in kept.items() if value is parameter and key != name]
             for name, parameter in model.named_parameters(remove_duplicate=True)
         }
+
+    def kept(self, parameter: str) -> tuple[str, ...]:
+        """Kinds of tensors that the optimizer keeps of a parameter."""
+        return rule_of(self.optimizer, parameter, self.parameters[parameter].dim()).state
 
     def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """One logical tensor as the entries of torchtitan's state dict that it makes up."""
@@ -89,4 +96,4 @@ def outline(config: JobConfig) -> Outline:
     device = torch.device("cpu")
     titan.prepare_process(device)
     plan = titan.blueprint(plain, device)
-    return Outline(plan.spec, plan.model)
+    return Outline(plan.spec, plan.model, config.optimizer, config.ema.decay > 0)

@@ -10,9 +10,10 @@ from configs.schema import OptimizerConfig
 def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
     """Rate for update `step`, counted from 1 to `steps`.
 
-    Warm-up is linear and reaches lr at step warmup_steps. Afterwards `cosine` and `linear` fall to lr * min_lr_ratio
-    at the last step, `wsd` (warm-up, stable, decay; arXiv 2404.06395) holds lr and falls linearly over the last
-    decay_fraction of the steps, `constant` holds lr. Steps beyond the last keep its rate.
+    Warm-up is linear and is exactly lr at step warmup_steps. Afterwards `cosine` and `linear` fall to exactly
+    lr * min_lr_ratio at the last step, `wsd` (warm-up, stable, decay; arXiv 2404.06395) holds lr and falls over the
+    last decay_fraction of the steps, in the shape of decay_shape, `constant` holds lr. Steps beyond the last keep its
+    rate.
 
     Raises:
         ValueError: step is below 1.
@@ -22,10 +23,19 @@ def learning_rate(config: OptimizerConfig, steps: int, step: int) -> float:
     step = min(step, steps)
     if step < config.warmup_steps:
         return config.lr * step / config.warmup_steps
-    floor = config.lr * config.min_lr_ratio
-    progress = _decay_progress(config, steps, step)
-    share = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
-    return floor + (config.lr - floor) * share
+    share = _share_left(config, _decay_progress(config, steps, step))
+    # Not floor + (lr - floor) * share: that misses lr by a rounding at its border.
+    return config.lr * share + config.lr * config.min_lr_ratio * (1.0 - share)
+
+
+def _share_left(config: OptimizerConfig, progress: float) -> float:
+    """What is left of the way from the floor to lr, from 1 to 0."""
+    shape = config.decay_shape if config.schedule == "wsd" else config.schedule
+    if shape == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    if shape == "sqrt":
+        return 1.0 - math.sqrt(progress)
+    return 1.0 - progress
 
 
 def _decay_progress(config: OptimizerConfig, steps: int, step: int) -> float:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from parallelism.optimizer import ShardedAdamW
+from parallelism.average import WeightAverage
+from parallelism.optimizer import ShardedOptimizer
 from parallelism.titan import canonical_name
 
 
@@ -28,7 +29,7 @@ class ModelState(Stateful):
 
 
 class OptimizerState(Stateful):
-    """AdamW's moments by parameter name, and one update counter for all of them."""
+    """Moments and momenta by parameter name, and one update counter for all of them."""
 
     def __init__(self, tensors: dict[str, Tensor], counters: list[Tensor]) -> None:
         self.tensors = tensors
@@ -46,12 +47,15 @@ class OptimizerState(Stateful):
                 counter.copy_(state_dict["step"])
 
 
-def build_states(parts: list[nn.Module], optimizer: ShardedAdamW) -> dict[str, Stateful]:
-    """The snapshot's view of a built model and its optimizer."""
-    return {
+def build_states(
+    parts: list[nn.Module], optimizer: ShardedOptimizer, average: WeightAverage | None
+) -> dict[str, Stateful]:
+    """The snapshot's view of a built model, its optimizer and, if there is one, the average of its weights."""
+    states: dict[str, Stateful] = {
         "model": ModelState(_model_tensors(parts)),
         "optimizer": OptimizerState(optimizer.moments(), optimizer.counters()),
     }
+    return states if average is None else states | {"ema": average}
 
 
 def _model_tensors(parts: list[nn.Module]) -> dict[str, Tensor]:

@@ -244,8 +244,13 @@ def _declare_sharding(model: Any, config: JobConfig) -> None:
         set_qwen3_sharding_config(model, enable_sp=True, enable_ep=ep)
 
 
-def parallelise(plan: Blueprint, config: JobConfig, dims: Any, device: torch.device) -> Pipeline:
-    """Cut the meta model into this rank's stages and shard them. No storage is allocated."""
+def parallelise(
+    plan: Blueprint, config: JobConfig, dims: Any, device: torch.device, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Pipeline:
+    """Cut the meta model into this rank's stages and shard them. No storage is allocated.
+
+    loss: of one microbatch's logits and labels, for a pipeline to call.
+    """
     from torchtitan.config import CompileConfig
 
     training, layout = _titan_configs(config, device)
@@ -260,13 +265,12 @@ def parallelise(plan: Blueprint, config: JobConfig, dims: Any, device: torch.dev
     if config.parallelism.pp == 1:
         pipeline = Pipeline([plan.spec.parallelize_fn(plan.model, **arguments)], None, True, True)
     else:
-        global_tokens = config.training.global_batch_size * config.training.seq_len
         schedule, parts, first, last = plan.spec.pipelining_fn(
             plan.model,
             device=device,
             model_config=plan.spec.model,
             parallelize_fn=plan.spec.parallelize_fn,
-            loss_fn=lambda logits, labels: (token_loss_sum(logits, labels) / global_tokens, {}),
+            loss_fn=lambda logits, labels: (loss(logits, labels), {}),
             **arguments,
         )
         pipeline = Pipeline(parts, schedule, first, last)
@@ -347,6 +351,18 @@ def expert_token_counters(parts: list[nn.Module]) -> list[Tensor]:
 def canonical_name(name: str) -> str:
     """A parameter's name without the segments that wrappers add."""
     return ".".join(segment for segment in name.split(".") if segment != _CHECKPOINT_WRAPPER)
+
+
+def fused_heads(parts: list[nn.Module]) -> dict[str, tuple[int, int]]:
+    """By canonical name of a fused query-key-value projection's weight: query heads of a key head, size of a head."""
+    from torchtitan.models.common.attention import FusedQKVLinear
+
+    return {
+        canonical_name(f"{name}.wqkv.weight"): (module.heads_per_kv, module.head_dim)
+        for part in parts
+        for name, module in part.named_modules()
+        if isinstance(module, FusedQKVLinear)
+    }
 
 
 def initialisers(part: nn.Module) -> list[tuple[str, nn.Parameter, Callable[[Tensor], object]]]:

@@ -11,11 +11,12 @@ import torch.distributed.fsdp
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from parallelism.losses import StepLoss
 from parallelism.titan import expert_token_counters
 
 
-def forget_trial_runs(schedule: Any, parts: list[nn.Module]) -> None:
-    """Have no expert count the tokens of a stage's trial runs, and no recorder note what they send.
+def forget_trial_runs(schedule: Any, parts: list[nn.Module], loss: StepLoss) -> None:
+    """Have no expert count the tokens of a stage's trial runs, nor the loss, and no recorder note what they send.
 
     Before its first step, and after each evaluation, a pipeline runs its stages once to learn the shapes that they
     exchange, on uninitialised memory where the real activations come from another rank. A step begins with empty
@@ -25,6 +26,7 @@ def forget_trial_runs(schedule: Any, parts: list[nn.Module]) -> None:
     def forgetting(prepare: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             result = _unrecorded(prepare)(*args, **kwargs)
+            loss.forget()
             with torch.no_grad():
                 for counter in expert_token_counters(parts):
                     counter.zero_()

@@ -89,7 +89,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One line of metrics.jsonl. None means not known or not finite, never zero.
 
     t_wall_s: when the step ended, the validation after it included, which step_s is without. batch: position of the
-    batch that it read, 0 if that is not known.
+    batch that it read, 0 if that is not known. z_loss: what was minimised beside the loss. expert_*: see
+    `trainer.layers.Balance`, at the last look since the row before.
     """
 
     step: int
@@ -113,6 +114,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     validation_loss: float | None = None
     validation_s: float = 0.0
     batch: int = 0
+    z_loss: float | None = None
+    expert_entropy: float | None = None
+    expert_max_over_mean: float | None = None
 
 
 class Oddity(enum.StrEnum):
@@ -146,6 +150,8 @@ class FactKind(enum.StrEnum):
     ROLLBACK_WANTED = "rollback_wanted"
     FIRST_STEP = "first_step"
     STOPPING = "stopping"
+    EVALUATED = "evaluated"
+    EVALUATION_FAILED = "evaluation_failed"
 
 
 class Fact(msgspec.Struct, frozen=True, kw_only=True):

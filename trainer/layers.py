@@ -79,8 +79,34 @@ def spread(counts: Sequence[int], top_k: int) -> float:
     total, free = sum(counts), len(counts) - top_k
     if total == 0 or free <= 0:
         return 1.0
-    entropy = -sum(count / total * math.log(count / total) for count in counts if count)
-    return (math.exp(entropy) - top_k) / free
+    return (math.exp(_entropy(counts)) - top_k) / free
+
+
+class Balance(msgspec.Struct, frozen=True):
+    """How evenly the worst layer spreads its tokens over its experts.
+
+    entropy: of the load, as a part of the entropy of an even one: 1 evenly, 0 if one expert gets all. max_over_mean:
+    load of the busiest expert over the mean: 1 evenly, which is how much longer than need be others wait for it.
+    """
+
+    entropy: float
+    max_over_mean: float
+
+
+def balance(loads: Mapping[str, Sequence[int]]) -> Balance | None:
+    """Of the layers whose experts got tokens, by name; None if there is no such layer."""
+    counted = [counts for counts in loads.values() if sum(counts) and len(counts) > 1]
+    if not counted:
+        return None
+    return Balance(
+        min(_entropy(counts) / math.log(len(counts)) for counts in counted),
+        max(max(counts) * len(counts) / sum(counts) for counts in counted),
+    )
+
+
+def _entropy(counts: Sequence[int]) -> float:
+    total = sum(counts)
+    return -sum(count / total * math.log(count / total) for count in counts if count)
 
 
 def _load_words(name: str, counts: Sequence[int]) -> str:

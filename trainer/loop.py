@@ -156,7 +156,7 @@ def run_step(rank: Rank, step: int) -> tuple[StepStats, Vote]:
         leave_update_out(rank, batch, finding)
     else:
         rank.layers.look(step)
-        engine.optimizer_step(lr)
+        engine.optimizer_step(lr, step)
         rank.stretch = rank.watch.applied(step, vote.loss, vote.grad_norm)
     rank.integrity.remember(step + 1)
     return StepStats(work.loss, float(work.grad_norm), lr, finding is not None, data_s, stall_s, batch.batch), vote
@@ -234,8 +234,10 @@ def make_record(rank: Rank, stats: StepStats, step_s: float) -> StepRecord | Non
     if step % config.telemetry.log_interval_steps and step != config.training.steps and rank.measured is None:
         return None
     loss_avg, loss_max = rank.engine.global_loss(stats.loss)
+    z_loss = rank.engine.global_loss(rank.engine.z_loss)[0] if config.training.z_loss else None
     if rank.context.rank != 0:
         return None
+    experts = rank.layers.take_balance()
     tokens_per_s = rank.engine.global_tokens / step_s / config.world_size
     tflops = tokens_per_s * rank.engine.flops_per_token / 1e12
     memory_gib, memory_pct = _memory(rank.device)
@@ -262,6 +264,9 @@ def make_record(rank: Rank, stats: StepStats, step_s: float) -> StepRecord | Non
         validation_loss=measured.loss,
         validation_s=measured.seconds,
         batch=stats.batch,
+        z_loss=None if z_loss is None else _finite(z_loss),
+        expert_entropy=None if experts is None else experts.entropy,
+        expert_max_over_mean=None if experts is None else experts.max_over_mean,
     )
 
 

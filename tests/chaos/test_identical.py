@@ -13,12 +13,14 @@ from tests.chaos.jobs import Job
 from trainer.ledger import check_exactly_once, committed_samples
 
 STEPS = 24
+# The one with experts also has what the others leave off: Muon, z-loss, an average of the weights.
 LAYOUTS = {
     "fsdp2-tp2": (),
     "pp2-fsdp2": ("--parallelism.pp", "2", "--parallelism.tp", "1"),
     "moe-ep2": (
         "--model.family", "deepseek_v3", "--model.layers", "2",
         "--parallelism.dp_shard", "4", "--parallelism.tp", "1", "--parallelism.ep", "2",
+        "--optimizer.name", "muon", "--training.z_loss", "1e-3", "--ema.decay", "0.9", "--ema.interval_steps", "5",
     ),
 }  # fmt: skip
 

@@ -130,7 +130,7 @@ class Driver:
             if doubted:
                 self.integrity.agree(work.grad_norm, LR, split=False)
         if torch.isfinite(work.grad_norm):
-            self.engine.optimizer_step(LR)
+            self.engine.optimizer_step(LR, step)
         else:
             self.engine.discard_update()
         self.integrity.remember(step + 1)
@@ -205,7 +205,7 @@ def flipped_state(world: World, config: JobConfig, folder: Path) -> list[Told]:
         driver = Driver(world, config, folder, name, interval_steps=2)
         driver.step(1)
         slot = driver.engine.optimizer.slots[-1]
-        tensor = slot.parameter if name == "weight" else slot.exp_avg_sq
+        tensor = slot.parameter if name == "weight" else slot.state["exp_avg_sq"]
 
         def strike(tensor: Tensor = tensor, hit: bool = world.rank == guilty) -> None:
             if hit:

@@ -71,7 +71,7 @@ def train(engine: Engine, steps: range, poisoned: int = -1) -> Trace:
         losses.append(average)
         largest.append(most)
         norms.append(float(engine.clip_grad_norm(engine.config.training.max_grad_norm)))
-        engine.optimizer_step(1e-3)
+        engine.optimizer_step(1e-3, step)
     tensors = live_tensors(engine)
     return Trace(losses, largest, norms, digest(tensors), sorted(tensors))
 

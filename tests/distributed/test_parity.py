@@ -37,8 +37,13 @@ DENSE = {
     "hsdp2x2": tiny(dp_replicate=2, dp_shard=2),
     "pp2_interleaved": tiny(layers=4, pp=2, pp_schedule="Interleaved1F1B"),
     "accumulated": tiny(microbatch_size=1),
+    "fsdp2_accumulated": tiny(dp_shard=2, microbatch_size=1),
 }
-EXPERTS = {"ep2": tiny("deepseek_v3", dp_shard=2, ep=2), "pp2": tiny("deepseek_v3", layers=3, pp=2)}
+EXPERTS = {
+    "ep2": tiny("deepseek_v3", dp_shard=2, ep=2),
+    "ep2_accumulated": tiny("deepseek_v3", dp_shard=2, ep=2, microbatch_size=1),
+    "pp2": tiny("deepseek_v3", layers=3, pp=2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,9 @@ def test_dense_layout_equals_one_process(name: str, checkpoints: dict[tuple[str,
     assert_same_training(traces, expected, DENSE_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if "accumulated" in name else []) for name in EXPERTS]
+)
 def test_expert_layout_equals_one_process(name: str, checkpoints: dict[tuple[str, int], tuple[Path, Trace]]) -> None:
     """The same for deepseek_v3, within the rounding of bf16 experts; expert biases are part of the state."""
     config = EXPERTS[name]
@@ -118,15 +125,21 @@ def test_compiled_equals_eager(checkpoints: dict[tuple[str, int], tuple[Path, Tr
         tiny(dp_shard=2, tp=2),
         tiny(pp=2, dp_shard=2),
         tiny("deepseek_v3", dp_shard=2, ep=2),
+        tiny("qwen3", tp=2),
         pytest.param(tiny("deepseek_v3", dp_shard=2, tp=2, ep=4), marks=pytest.mark.long),
+        pytest.param(tiny("deepseek_v3", layers=3, pp=2, dp_shard=2, ep=2), marks=pytest.mark.long),
+        pytest.param(tiny("deepseek_v3", dp_replicate=2, dp_shard=2, ep=2), marks=pytest.mark.long),
+        pytest.param(tiny(layers=4, pp=2, pp_schedule="Interleaved1F1B"), marks=pytest.mark.long),
     ],
-    ids=["fsdp2_tp2", "pp2_fsdp2", "ep2", "fsdp2_tp2_ep4"],
+    ids=["fsdp2_tp2", "pp2_fsdp2", "ep2", "tied_tp2", "fsdp2_tp2_ep4", "pp2_fsdp2_ep2", "hsdp2x2_ep2", "interleaved"],
 )
 def test_initial_weights_do_not_depend_on_the_layout(config: JobConfig) -> None:
     """The seed alone decides the initial weights, bit for bit."""
-    alone = run_ranks(1, initial_values, tiny(config.model.family))[0]
-    for part in run_ranks(world_size_of(config.parallelism), initial_values, config):
+    alone = run_ranks(1, initial_values, tiny(config.model.family, layers=config.model.layers))[0]
+    parts = run_ranks(world_size_of(config.parallelism), initial_values, config)
+    for part in parts:
         assert part == {name: alone[name] for name in part}
+    assert set().union(*parts) == alone.keys()
 
 
 @pytest.mark.parametrize(

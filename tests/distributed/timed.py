@@ -33,7 +33,7 @@ def split_steps(world: World, config: JobConfig, slow_rank: int, sleep_s: float,
             clock.begin(step)
             engine.forward_backward(batch(engine, step))
             engine.clip_grad_norm(1.0)
-            engine.optimizer_step(1e-3)
+            engine.optimizer_step(1e-3, step)
             split = clock.finish()
             assert split is not None
             splits.append(split)

@@ -23,7 +23,7 @@ MAY_CHANGE = {"run.dir", "data.prefetch_steps"} | {
 def test_every_key_has_a_rule_with_a_reason(key: str) -> None:
     allowed, why = resume_rule(key)
     how = {"parallelism", "cluster", "checkpoint", "health", "integrity", "numbers", "telemetry", "s3", "validation"}
-    layout = key.partition(".")[0] in how | {"alerts"}
+    layout = key.partition(".")[0] in how | {"alerts", "evaluation"}
     assert allowed == (layout or key in MAY_CHANGE)
     assert allowed or "another run.name" in why
 

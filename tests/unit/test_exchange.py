@@ -33,7 +33,7 @@ from checkpointing.layout import SnapshotDamagedError
 from checkpointing.staged import staged_folder
 from checkpointing.verify import list_snapshots, verify_snapshot
 from cluster.cli import dispatch
-from configs.schema import DataConfig, DataSet, JobConfig, ModelConfig, RunConfig, TrainingConfig
+from configs.schema import DataConfig, DataSet, EmaConfig, JobConfig, ModelConfig, RunConfig, TrainingConfig
 from configs.tomltext import resolve_toml
 from parallelism.hf_names import hf_names
 from parallelism.outline import outline
@@ -333,3 +333,48 @@ def test_the_import_command_names_the_command_that_goes_on(
     assert dispatch(["checkpoint", "import", str(tmp_path / "hf"), str(config), "--format", "hf", *overrides]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"`everstep run {config} --run.name imported --run.dir {tmp_path}` goes on from there" in said
+
+
+def with_average(decay: float) -> JobConfig:
+    return msgspec.structs.replace(job(), ema=EmaConfig(decay=decay))
+
+
+def test_averages_are_exported_in_the_place_of_weights_and_only_then(tmp_path: Path) -> None:
+    """In both formats; without --ema the weights are, and torch's folder has the averages beside them."""
+    config = with_average(0.9)
+    contents, run_dir = committed(config, tmp_path / "run"), tmp_path / "run"
+    weight = "layers.0.attention.wo.weight"
+    for averaged, kept in ((False, "model"), (True, "ema")):
+        export_hf(run_dir, 3, tmp_path / f"hf-{kept}", "float32", silent, averaged=averaged)
+        found = load_file(tmp_path / f"hf-{kept}/model.safetensors")
+        assert same_bits(found["model.layers.0.self_attn.o_proj.weight"], contents[f"{kept}.{weight}"])
+        export_dcp(run_dir, 3, tmp_path / f"dcp-{kept}", silent, averaged=averaged)
+        state = {weight: torch.zeros_like(contents[f"model.{weight}"])}
+        reader = dcp.FileSystemReader(tmp_path / f"dcp-{kept}")
+        assert any(name.startswith("optimizer.") for name in reader.read_metadata().state_dict_metadata) != averaged
+        dcp.load(state, storage_reader=reader, no_dist=True)
+        assert same_bits(state[weight], contents[f"{kept}.{weight}"])
+
+
+def test_an_average_survives_torchs_folder_and_begins_with_weights_that_have_none(tmp_path: Path) -> None:
+    config = with_average(0.9)
+    contents = committed(config, tmp_path / "run")
+    export_dcp(tmp_path / "run", 3, tmp_path / "dcp", silent)
+    import_dcp(tmp_path / "dcp", config, tmp_path / "again", silent)
+    committed(job(), tmp_path / "plain")
+    export_dcp(tmp_path / "plain", 3, tmp_path / "dcp-plain", silent)
+    import_dcp(tmp_path / "dcp-plain", config, tmp_path / "begun", silent)
+    wanted = [tensor.name for tensor in wanted_tensors(outline(config))]
+    averages = [name for name in wanted if name.startswith("ema.")]
+    assert len(averages) == len(outline(config).parameters)
+    with open_snapshot(tmp_path / "again", 3, wanted, silent) as again:
+        assert all(same_bits(again.read(name), contents[name]) for name in wanted)
+    with open_snapshot(tmp_path / "begun", 3, wanted, silent) as begun:
+        assert all(same_bits(begun.read(name), begun.read("model." + name.removeprefix("ema."))) for name in averages)
+
+
+def test_a_run_without_averages_has_none_to_export(run_dir: Path, tmp_path: Path) -> None:
+    for export in (export_hf, export_dcp):
+        arguments = ("float32",) if export is export_hf else ()
+        with pytest.raises(ValueError, match=r"ema\.decay = 0.*leave --ema out"):
+            export(run_dir, 3, tmp_path / "out", *arguments, silent, averaged=True)  # type: ignore[operator]

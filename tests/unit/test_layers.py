@@ -8,7 +8,7 @@ import random
 import pytest
 
 from trainer.events import Oddity
-from trainer.layers import LayerFinding, LayerWatch, spread
+from trainer.layers import Balance, LayerFinding, LayerWatch, balance, spread
 
 NAMES = ["the embeddings", *(f"layer {n}" for n in range(8)), "the output"]
 
@@ -83,3 +83,11 @@ def test_spread_is_one_for_even_loads_and_zero_for_the_fewest_experts() -> None:
     assert spread([40, 40, 0, 0, 0, 0, 0, 0], 2) == pytest.approx(0)
     assert spread([0] * 8, 2) == 1
     assert spread([5, 3], 2) == 1
+
+
+def test_balance_is_that_of_the_worst_layer() -> None:
+    """1 and 1 where all experts get the same; towards 0 and the number of experts where one gets all."""
+    assert balance({"layer 1": (5, 5, 5, 5)}) == Balance(pytest.approx(1.0), 1.0)
+    assert balance({"layer 1": (5, 5, 5, 5), "layer 2": (20, 0, 0, 0)}) == Balance(pytest.approx(0.0), 4.0)
+    assert balance({"layer 1": (10, 10, 0, 0)}) == Balance(pytest.approx(0.5), 2.0)
+    assert balance({}) is None
