@@ -75,8 +75,8 @@ def summary(
     goodput = account(events, steps, now_wall_s)
     kept = surviving(steps)
     losses = [record.loss_avg for record in kept if record.loss_avg is not None]
-    rates = [record.tokens_per_sec_per_gpu for record in kept]
-    rate = statistics.median(rates) if rates else None
+    rate = statistics.median(record.tokens_per_sec_per_gpu for record in kept) if kept else None
+    total = [record.tokens_per_sec_per_gpu * (record.ranks or config.world_size) for record in kept]
     return RunSummary(
         run=config.run.name,
         outcome=_outcome(state, now_wall_s is not None),
@@ -87,7 +87,7 @@ def summary(
         target_steps=state.target_steps or config.training.steps,
         loss_first=losses[0] if losses else None,
         loss_last=losses[-1] if losses else None,
-        tokens_per_sec=None if rate is None else rate * config.world_size,
+        tokens_per_sec=statistics.median(total) if total else None,
         tokens_per_sec_per_gpu=rate,
         newest_snapshot=state.snapshots[-1] if state.snapshots else None,
         nodes={name: node.status.value for name, node in sorted(state.nodes.items())},

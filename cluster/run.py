@@ -21,7 +21,7 @@ from cluster.journal import Journal, read_events
 from cluster.keys import make_or_read_keys, make_transfer_key
 from cluster.lease import LeaseKeeper
 from cluster.lemons import Standing, standings
-from cluster.messages import Plan
+from cluster.planning import planned
 from cluster.remembering import Remembering, remembered
 from cluster.rundir import Endpoint, RunDir, write_atomically
 from cluster.scheduler import Scheduler, open_scheduler
@@ -32,6 +32,7 @@ from cluster.watchers import Watcher, Watchers
 from cluster.wire import SupervisorSocket
 from configs.load import ConfigError, Problem, describe_changes, load_job, resolve_toml
 from configs.schema import JobConfig
+from configs.shrinking import words_about_sizes
 from trainer.exits import ExitCode
 from trainer.paths import transfer_key_path
 
@@ -121,6 +122,8 @@ def _begin(
             attempt=state.attempt + 1,
             supervisor_pid=os.getpid(),
             target_steps=config.training.steps,
+            nodes=config.cluster.nodes,
+            sizes=words_about_sizes(config),
         )
         past = history.read()
         if past.skipped:
@@ -208,15 +211,7 @@ def _adopt_plan(supervisor: Supervisor, state: JobState, found: list[events.AnyE
     later = found[found.index(last) :]
     decided = any(isinstance(e, events.ActionTaken) and e.action in RESTARTING_ACTIONS for e in later)
     supervisor.adopt(
-        Plan(
-            generation=last.generation,
-            nodes=last.nodes,
-            ranks_per_node=last.ranks_per_node,
-            store_host=last.store_host,
-            store_port=last.store_port,
-            ram_step=last.ram_step,
-            ram_generation=last.ram_generation,
-        ),
+        planned(last),
         last.gather,
         state.order,
         decided,

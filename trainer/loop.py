@@ -262,6 +262,7 @@ def make_record(rank: Rank, stats: StepStats, step_s: float) -> StepRecord | Non
         validation_loss=measured.loss,
         validation_s=measured.seconds,
         batch=stats.batch,
+        ranks=config.world_size,
     )
 
 
