@@ -106,6 +106,7 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     wanted_nodes: how many shall hold ranks, 0 if the journal does not say. layout: the mesh that they hold, None for
     the configuration's own. resizes: the newest changes of their number, a start with fewer than wanted among them.
     proven_size: whether a step was finished since the last one. growing: who will hold ranks once all have saved.
+    evicted_at: when nodes that are evicted were, by the wall clock.
     """
 
     run: str = ""
@@ -138,6 +139,7 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     resizes: tuple[Resize, ...] = ()
     proven_size: bool = True
     growing: tuple[str, ...] = ()
+    evicted_at: Mapping[str, float] = {}
     exit_code: int | None = None
     stop_reason: str = ""
 

@@ -15,6 +15,7 @@ from cluster.events import VerdictGiven
 from cluster.evidence import GONE, verdicts_of
 from cluster.fleet import natural_order
 from cluster.jobstate import JobState, NodeStatus
+from cluster.messages import Plan
 from cluster.policy_pricing import restart_cost_s, time_left_s
 from cluster.policy_words import duration
 from configs.schema import JobConfig
@@ -58,6 +59,16 @@ def size_words(nodes: int, config: JobConfig) -> str:
     layout = largest_layout(config, nodes)
     mesh = f" ({layout.words})" if layout is not None and layout.nodes == nodes else ""
     return f"{nodes} of {config.cluster.nodes} nodes{mesh}"
+
+
+def resumed_words(plan: Plan, state: JobState, newest_step: int) -> str:
+    """Where a job goes on whose size changes, and what that costs; "" for one of the same size. newest_step: the
+    newest one that was begun."""
+    if not state.order or plan.layout == state.layout:
+        return ""
+    step = plan.ram_step if plan.ram_step >= 0 else max(state.newest_snapshot, 0)
+    lost = max(0, newest_step - 1 - step)
+    return f"; it goes on from step {step}" + (f", finished steps that are computed again: {lost}" if lost else "")
 
 
 def unproven(state: JobState, config: JobConfig) -> bool:

@@ -23,6 +23,7 @@ from cluster.lease import LeaseKeeper
 from cluster.lemons import Standing, standings
 from cluster.planning import planned
 from cluster.remembering import Remembering, remembered
+from cluster.returning import remind
 from cluster.rundir import Endpoint, RunDir, write_atomically
 from cluster.scheduler import Scheduler, open_scheduler
 from cluster.state import replay
@@ -164,7 +165,7 @@ def _start_agents(supervisor: Supervisor, config: JobConfig, scheduler: Schedule
     for name in all_names[: all_names.index(names[-1]) + 1 if len(names) == wanted else None]:
         standing = past.get(name)
         if standing is not None and name not in evicted and (standing.failures or name in out):
-            _remind(supervisor, name, standing)
+            remind(supervisor, name, standing)
     for name in names:
         supervisor.handles[name] = scheduler.start(name)
         supervisor.emit(events.AgentStarted, node=name, handle=supervisor.handles[name])
@@ -181,18 +182,6 @@ def _give_back(supervisor: Supervisor, past: Mapping[str, Standing]) -> None:
         standing = past.get(name)
         if standing is not None and standing.readmitted_wall_s > evicted_s.get(name, float("inf")):
             supervisor.emit(events.NodeReadmitted, node=name, reason=standing.reason)
-
-
-def _remind(supervisor: Supervisor, name: str, standing: Standing) -> None:
-    supervisor.emit(
-        events.NodeRemembered,
-        node=name,
-        place=standing.place,
-        reason=standing.reason,
-        failures=standing.failures,
-        node_days=standing.node_days,
-        failures_per_day=standing.failures_per_day,
-    )
 
 
 def _adopt(supervisor: Supervisor, state: JobState, run_dir: RunDir) -> None:

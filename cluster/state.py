@@ -80,6 +80,7 @@ def apply(state: JobState, event: AnyEvent) -> JobState:
         case ActionTaken():
             return _action(state, event)
         case NodeEvicted():
+            state = _replace(state, evicted_at={**state.evicted_at, event.node: event.t_wall_s})
             return _with_node(state, event.node, status=NodeStatus.EVICTED)
         case NodeFinished():
             return _replace(

@@ -22,14 +22,16 @@ from cluster.fleet import AgentView, first_members
 from cluster.fleet_doctor import FleetDoctor
 from cluster.generations import Generations
 from cluster.handing_over import HandingOver
+from cluster.history import history_path
 from cluster.inbox import Inbox
 from cluster.jobstate import JobState
 from cluster.journal import Journal
 from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
 from cluster.noticing import Noticing, Suspicion
 from cluster.policy_numbers import Rollback
-from cluster.policy_size import size_words
+from cluster.policy_size import resumed_words, size_words
 from cluster.rescuing import Rescuing
+from cluster.returning import Returning
 from cluster.rundir import RunDir
 from cluster.scheduler import Scheduler
 from cluster.state import apply
@@ -78,6 +80,7 @@ class Supervisor:
         self.deciding = Deciding(self)
         self.handing_over = HandingOver(self)
         self.rescuing = Rescuing(config.cluster.leave_timeout_s)
+        self.returning = Returning(self, history_path(config, run_dir.path.parent))
         self.inbox = Inbox()
         self.unacknowledged: dict[str, int] = {}
         self.journal_waits = False
@@ -101,6 +104,7 @@ class Supervisor:
             self.deciding.act(now)
             self.examine(now)
             self.try_plan()
+            self.returning.look(now)
             self.handing_over.grow(now)
             self.try_finish(now)
             self.watcher.on_tick()
@@ -130,6 +134,8 @@ class Supervisor:
 
     def take(self, report: AgentReport) -> None:
         """Fold one agent's report into what is known, and answer it."""
+        if self.returning.is_former(report.node, report.pid):
+            return
         if report.node not in self.handles:
             if report.node in self.evicted:  # by the supervisor before this one
                 self.send_order(report.node)
@@ -355,7 +361,7 @@ class Supervisor:
             ram_step=plan.ram_step,
             ram_generation=plan.ram_generation,
             gather=wanted.gather,
-            reason=wanted.reason,
+            reason=wanted.reason + resumed_words(plan, self.state, self.noticing.progress.newest_step),
             layout=plan.layout,
         )
         self._follow(plan)
@@ -415,6 +421,7 @@ class Supervisor:
         assert self.exit_code is not None
         self.wish = Wish.SHUT_DOWN
         self.broadcast()
+        self.returning.close()
         deadline = time.monotonic() + (0.0 if self.interrupts > 1 else 10.0)
         # An agent that never spoke hears no order either.
         spoke = [handle for node, handle in self.handles.items() if node in self.views]
