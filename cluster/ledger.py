@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -81,23 +82,25 @@ def account(events: Sequence[AnyEvent], steps: Iterable[StepRecord], now_wall_s:
 
 def _productive_share(events: Iterable[AnyEvent], timeline: Timeline) -> float:
     """Mean, over the productive time, of the nodes that held ranks by the nodes that were asked for."""
-    wanted, shares = 0, [(0, 1.0)]
+    wanted, sizes = 0, [(0, 1.0)]
     for event in events:
         match event:
             case RunStarted():
                 wanted = event.nodes
             case GenerationPlanned():
-                shares.append((round(event.t_wall_s * 1e6), min(1.0, len(event.nodes) / wanted) if wanted else 1.0))
-    total_us, weighed, at = 0, 0.0, 0
+                sizes.append((round(event.t_wall_s * 1e6), min(1.0, len(event.nodes) / wanted) if wanted else 1.0))
+    if all(share == 1.0 for _, share in sizes):
+        return 1.0
+    ends = [*(begin for begin, _ in sizes[1:]), sys.maxsize]
+    total_us, weighed_us, at = 0, 0.0, 0
     for interval in timeline.intervals:
-        if interval.cause is not TimeCause.PRODUCTIVE:
-            continue
-        # Between two generations there is no productive time: an interval belongs to the one that began before it.
-        while at + 1 < len(shares) and shares[at + 1][0] <= interval.start_us:
-            at += 1
-        total_us += interval.end_us - interval.start_us
-        weighed += (interval.end_us - interval.start_us) * shares[at][1]
-    return weighed / total_us if total_us else 1.0
+        start = interval.start_us
+        while interval.cause is TimeCause.PRODUCTIVE and start < interval.end_us:
+            while ends[at] <= start:
+                at += 1
+            length = min(interval.end_us, ends[at]) - start
+            total_us, weighed_us, start = total_us + length, weighed_us + length * sizes[at][1], start + length
+    return weighed_us / total_us if total_us else 1.0
 
 
 def _incident_costs(events: Iterable[AnyEvent], timeline: Timeline) -> tuple[IncidentCost, ...]:

@@ -58,6 +58,26 @@ def assignment(plan: Plan, place: int) -> Assignment:
     )
 
 
+def plan_event(
+    plan: Plan, gather: tuple[Gather, ...], reason: str, t_wall_s: float, t_mono_s: float
+) -> GenerationPlanned:
+    """The plan as the journal has it."""
+    return GenerationPlanned(
+        t_wall_s=t_wall_s,
+        t_mono_s=t_mono_s,
+        generation=plan.generation,
+        nodes=plan.nodes,
+        ranks_per_node=plan.ranks_per_node,
+        store_host=plan.store_host,
+        store_port=plan.store_port,
+        ram_step=plan.ram_step,
+        ram_generation=plan.ram_generation,
+        gather=gather,
+        reason=reason,
+        layout=plan.layout,
+    )
+
+
 def planned(event: GenerationPlanned) -> Plan:
     """The plan that the journal tells of."""
     return Plan(

@@ -61,6 +61,15 @@ def size_words(nodes: int, config: JobConfig) -> str:
     return f"{nodes} of {config.cluster.nodes} nodes{mesh}"
 
 
+def size_for(usable: int, config: JobConfig) -> tuple[int, str]:
+    """On how many of so many nodes a job begins, 0 if on none, and why on fewer than it asked for."""
+    layout = largest_layout(config, usable)
+    if layout is None:
+        return 0, ""
+    few = layout.nodes < config.cluster.nodes
+    return layout.nodes, f"only {size_words(layout.nodes, config)} can be used" if few else ""
+
+
 def resumed_words(plan: Plan, state: JobState, newest_step: int) -> str:
     """Where a job goes on whose size changes, and what that costs; "" for one of the same size. newest_step: the
     newest one that was begun."""

@@ -28,8 +28,9 @@ from cluster.jobstate import JobState
 from cluster.journal import Journal
 from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
 from cluster.noticing import Noticing, Suspicion
+from cluster.planning import plan_event
 from cluster.policy_numbers import Rollback
-from cluster.policy_size import resumed_words, size_words
+from cluster.policy_size import resumed_words, size_for
 from cluster.rescuing import Rescuing
 from cluster.returning import Returning
 from cluster.rundir import RunDir
@@ -38,7 +39,7 @@ from cluster.state import apply
 from cluster.watchers import Watcher
 from cluster.wire import SupervisorSocket
 from configs.schema import JobConfig
-from configs.shrinking import fewest_nodes, largest_layout
+from configs.shrinking import fewest_nodes
 from health.verdict import Cause, Verdict
 from trainer.events import FactKind
 from trainer.exits import ExitCode
@@ -351,19 +352,8 @@ class Supervisor:
         if self.rescuing.waits(wanted.number, wanted.world_size, self.views, self.state, now, self.broadcast):
             return
         plan = wanted.make(self.state)
-        self.emit(
-            events.GenerationPlanned,
-            generation=plan.generation,
-            nodes=plan.nodes,
-            ranks_per_node=plan.ranks_per_node,
-            store_host=plan.store_host,
-            store_port=plan.store_port,
-            ram_step=plan.ram_step,
-            ram_generation=plan.ram_generation,
-            gather=wanted.gather,
-            reason=wanted.reason + resumed_words(plan, self.state, self.noticing.progress.newest_step),
-            layout=plan.layout,
-        )
+        reason = wanted.reason + resumed_words(plan, self.state, self.noticing.progress.newest_step)
+        self.emit(plan_event, plan=plan, gather=wanted.gather, reason=reason)
         self._follow(plan)
 
     def _follow(self, plan: Plan) -> None:
@@ -378,13 +368,12 @@ class Supervisor:
 
     def _choose_first_members(self) -> None:
         usable = [n for n in self.handles if n not in self.evicted]
-        layout = largest_layout(self.config, len(usable))
-        if layout is None:
+        nodes, why = size_for(len(usable), self.config)
+        if nodes:
+            wanted = first_members(usable, nodes, self.state.doubtful)
+            self.next_generation(wanted, why or self.generations.reason)
+        else:
             self._end(too_few(len(usable), self.config.cluster.nodes, fewest_nodes(self.config)))
-            return
-        few = layout.nodes < self.config.cluster.nodes
-        reason = f"only {size_words(layout.nodes, self.config)} can be used" if few else self.generations.reason
-        self.next_generation(first_members(usable, layout.nodes, self.state.doubtful), reason)
 
     # The end ------------------------------------------------------------------------------------------------------
 
