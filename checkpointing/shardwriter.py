@@ -20,8 +20,10 @@ from checkpointing.segment import CONTROL_BYTES, Control
 from checkpointing.shardfile import header_size_bytes, parse_header
 
 
-def write_shard(fd: int, control: Control, folder: Path) -> ShardMeta:
+def write_shard(fd: int, control: Control, folder: Path, start_bytes: int = CONTROL_BYTES) -> ShardMeta:
     """Write the shard of an open slot, and then its sidecar, to a step's folder, which is made.
+
+    start_bytes: where its bytes begin, in a file that is no slot.
 
     A shard that is there already is left alone: a retry after another rank's failure writes nothing anew.
 
@@ -35,10 +37,10 @@ def write_shard(fd: int, control: Control, folder: Path) -> ShardMeta:
     name = f"{folder.name}/{path.name}"
     replaced = False
     try:
-        found = _copy_out(fd, control.size_bytes, temporary)
+        found = _copy_out(fd, start_bytes, control.size_bytes, temporary)
         if found != control.checksum:
             raise SnapshotDamagedError(f"{name}: bytes in memory have changed since they were staged")
-        meta = _describe(fd, control, name)
+        meta = _describe(fd, start_bytes, control, name)
         if _is_there(folder, control, meta):
             temporary.unlink()
             return meta
@@ -76,7 +78,7 @@ def _is_there(folder: Path, control: Control, meta: ShardMeta) -> bool:
     return False
 
 
-def _copy_out(fd: int, size_bytes: int, path: Path) -> str:
+def _copy_out(fd: int, start_bytes: int, size_bytes: int, path: Path) -> str:
     """Copy a slot's shard to a new, durable file; returns the checksum of what was written."""
     running = Checksum()
     buffer = memoryview(bytearray(min(CHUNK_BYTES, max(size_bytes, 1))))
@@ -84,7 +86,7 @@ def _copy_out(fd: int, size_bytes: int, path: Path) -> str:
     try:
         done = 0
         while done < size_bytes:
-            count = os.preadv(fd, [buffer[: min(len(buffer), size_bytes - done)]], CONTROL_BYTES + done)
+            count = os.preadv(fd, [buffer[: min(len(buffer), size_bytes - done)]], start_bytes + done)
             if count == 0:
                 break
             running.update(buffer[:count])
@@ -96,9 +98,9 @@ def _copy_out(fd: int, size_bytes: int, path: Path) -> str:
     return running.hex()
 
 
-def _describe(fd: int, control: Control, name: str) -> ShardMeta:
-    length = header_size_bytes(os.pread(fd, 8, CONTROL_BYTES), control.size_bytes, name)
-    meta = parse_header(os.pread(fd, length, CONTROL_BYTES), control.size_bytes, control.checksum, name)
+def _describe(fd: int, start_bytes: int, control: Control, name: str) -> ShardMeta:
+    length = header_size_bytes(os.pread(fd, 8, start_bytes), control.size_bytes, name)
+    meta = parse_header(os.pread(fd, length, start_bytes), control.size_bytes, control.checksum, name)
     if identity(meta) != (control.step, control.generation, control.world_size, control.rank):
         raise SnapshotDamagedError(f"{name}: control block and header in memory disagree")
     return meta

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +39,7 @@ from checkpointing.marks import all_marked
 from checkpointing.node_disk import NodeDisk
 from checkpointing.readback import Readback
 from checkpointing.retention import Keep, remove_superseded, remove_uncommitted_shards
-from checkpointing.segment import Control, PersistTo, SlotState, read_control, write_state
+from checkpointing.segment import CONTROL_BYTES, Control, PersistTo, SlotState, read_control, write_state
 from checkpointing.shardwriter import identity, words, write_shard
 from checkpointing.slots import adopt_segment, find_slot, opened, segment_paths, slots_to_persist, verified_slot
 from checkpointing.storeevents import StoreEvent, StoreEventKind
@@ -71,6 +72,7 @@ class NodeStore:
         self.node_disk = NodeDisk(node_dir) if node_dir else None
         self.readback = Readback(run_dir, Keep(keep_last, keep_every_steps, keep_best), self._write_again)
         self._awaited: list[_Awaited] = []
+        self._rescued: queue.SimpleQueue[Located] = queue.SimpleQueue()
         self._generation = 0
         self._fenced = False
 
@@ -105,17 +107,26 @@ class NodeStore:
         """
         adopt_segment(self.ram_dir, segment, control, local_rank)
 
+    def rescue(self, shard: Located) -> None:
+        """Have a whole shard of any rank and layout persisted to the run directory, as one of this node's own would be.
+
+        It may lie in a slot, among copies for peers, or on the node's disk, and is verified on the way.
+        """
+        self._rescued.put(shard)
+
     def pending(self) -> bool:
         """Whether a slot waits to be persisted, a manifest for other ranks' shards, or a shard to be read back."""
-        return bool(self._awaited or slots_to_persist(self.ram_dir) or self.readback.pending())
+        waiting = self._awaited or slots_to_persist(self.ram_dir) or self.readback.pending()
+        return bool(waiting or not self._rescued.empty())
 
     def persist_pending(self) -> list[StoreEvent]:
         """Persist every slot that waits for it, several at a time. Never raises OSError: it is an event."""
+        rescued = self._persist_rescued()
         waiting = slots_to_persist(self.ram_dir)
         if not waiting or self._fenced:
-            return []
+            return rescued
         with ThreadPoolExecutor(min(len(waiting), _PERSIST_THREADS), thread_name_prefix="persist") as pool:
-            return [event for events in pool.map(self._persist_path, waiting) for event in events]
+            return [*rescued, *(event for events in pool.map(self._persist_path, waiting) for event in events)]
 
     def commit_pending(self) -> list[StoreEvent]:
         """Write the manifest of every snapshot of which this node persisted rank 0 and all shards have arrived."""
@@ -154,6 +165,25 @@ class NodeStore:
         for path in segment_paths(self.ram_dir, with_unfinished=True):
             path.unlink(missing_ok=True)
 
+    def _persist_rescued(self) -> list[StoreEvent]:
+        waiting = []
+        while not self._rescued.empty():
+            waiting.append(self._rescued.get())
+        if not waiting or self._fenced:
+            return []
+        with ThreadPoolExecutor(min(len(waiting), _PERSIST_THREADS), thread_name_prefix="rescue") as pool:
+            return list(pool.map(self._persist_one, waiting))
+
+    def _persist_one(self, shard: Located) -> StoreEvent:
+        started, control = time.monotonic(), shard.control
+        kind, detail = StoreEventKind.PERSISTED, f"step {control.step}: shard of rank {control.rank} persisted"
+        try:
+            with opened(shard.path) as fd:
+                self._to_run(fd, control, shard.start_bytes)
+        except (OSError, SnapshotDamagedError) as error:
+            kind, detail = StoreEventKind.FAILED, f"shard of rank {control.rank} not persisted: {words(error)}"
+        return _shard_event(kind, control, Tier.RUN, started, detail)
+
     def _persist_path(self, path: Path) -> list[StoreEvent]:
         with contextlib.suppress(FileNotFoundError), opened(path) as fd:
             state, control = read_control(fd)
@@ -189,10 +219,10 @@ class NodeStore:
         assert self.node_disk is not None
         self.node_disk.write(fd, control)
 
-    def _to_run(self, fd: int, control: Control) -> None:
+    def _to_run(self, fd: int, control: Control, start_bytes: int = CONTROL_BYTES) -> None:
         try:
             remove_uncommitted_shards(self.run_dir, control.rank, control.age, keep=1)
-            meta = write_shard(fd, control, disk.step_dir(self.run_dir, control.step))
+            meta = write_shard(fd, control, disk.step_dir(self.run_dir, control.step), start_bytes)
         except OSError:
             with contextlib.suppress(OSError):  # the failure itself is already being reported
                 remove_uncommitted_shards(self.run_dir, control.rank, control.age, keep=0)

@@ -22,6 +22,21 @@ class Replace(msgspec.Struct, frozen=True, tag="replace"):
     reason: str
 
 
+class Shrink(msgspec.Struct, frozen=True, tag="shrink"):
+    """The node is evicted, no spare is left, and these nodes go on with a smaller layout; all workers start again."""
+
+    node: str
+    order: tuple[str, ...]
+    reason: str
+
+
+class Grow(msgspec.Struct, frozen=True, tag="grow"):
+    """All save and leave at the end of the step, and start again on these nodes with a larger layout."""
+
+    order: tuple[str, ...]
+    reason: str
+
+
 class Evict(msgspec.Struct, frozen=True, tag="evict"):
     """A node that holds no ranks gets no more work; training is not touched."""
 
@@ -42,7 +57,7 @@ class Nothing(msgspec.Struct, frozen=True, tag="nothing"):
     reason: str
 
 
-Action = Restart | Replace | Evict | Rollback | Stop | Nothing
+Action = Restart | Replace | Shrink | Grow | Evict | Rollback | Stop | Nothing
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -61,8 +76,9 @@ def action_event(decision: Decision, incident: int, t_wall_s: float, t_mono_s: f
         incident=incident,
         action=str(type(action).__struct_config__.tag),
         reason=action.reason,
-        node=action.node if isinstance(action, Replace | Evict) else blamed,
+        node=action.node if isinstance(action, Replace | Shrink | Evict) else blamed,
         spare=action.spare if isinstance(action, Replace) else "",
         because=decision.because,
         back=back_to(action) if isinstance(action, Rollback) else None,
+        order=action.order if isinstance(action, Shrink | Grow) else (),
     )

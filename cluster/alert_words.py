@@ -51,6 +51,8 @@ class AlertWriter:
         self.config = config
         self._waiting: events.VerdictGiven | None = None
         self._told_of = ""
+        self._wanted = 0
+        self._nodes = 0
 
     def take(self, event: events.AnyEvent) -> list[Alert]:
         """The alerts that are due now that this has happened."""
@@ -72,7 +74,10 @@ class AlertWriter:
             case events.WorkersReported(fact=fact) if fact.kind is FactKind.EVALUATION_FAILED:
                 words = f"the evaluation of step {fact.step} failed: {fact.detail}"
                 due += self._filtered(self._short("evaluation", words, event))
+            case events.GenerationPlanned():
+                due += self._resized(event)
             case events.RunStarted():
+                self._wanted = event.nodes
                 again = f", attempt {event.attempt}" if event.attempt > 1 else ""
                 due += self._filtered(self._short("begin", f"begins{again}: {event.target_steps} steps", event))
             case events.SupervisorTookOver():
@@ -121,6 +126,21 @@ class AlertWriter:
             t_wall_s=given.t_wall_s,
             events=happened,
         )
+
+    def _resized(self, event: events.GenerationPlanned) -> list[Alert]:
+        """The run goes on with fewer nodes, or with more again."""
+        before, nodes, self._nodes = self._nodes or self._wanted, len(event.nodes), len(event.nodes)
+        if nodes == before or (not before and event.layout is None):
+            return []
+        grows = 0 < before < nodes
+        said = f"{'grows' if grows else 'shrinks'} from {before} to" if before else "goes on with only"
+        title = f"{said} {nodes} nodes"
+        alert = Alert(
+            run=self.run, kind="size", severity=Severity.NOTICE if grows else Severity.NODE, title=title,
+            text=_text([f"[{self.run}] {title}", event.reason, f"now on: {', '.join(event.nodes)}"]),
+            t_wall_s=event.t_wall_s, events=(event,),
+        )  # fmt: skip
+        return self._filtered(alert)
 
     def _short(self, kind: str, words: str, event: events.AnyEvent) -> Alert:
         return Alert(

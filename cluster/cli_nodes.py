@@ -69,6 +69,7 @@ def _show_run(command: Nodes, console: Console) -> int:
     from cluster.history import HistoryFile, history_path
     from cluster.journal import read_events
     from cluster.remembering import remembered
+    from cluster.report import size_now
     from cluster.rundir import find_run
     from cluster.state import replay
     from configs.load import load_job
@@ -87,6 +88,8 @@ def _show_run(command: Nodes, console: Console) -> int:
         numbers = _numbers(standing) if standing else ("0.0", "0", "0.0", "")
         place, why = _in_run(name, state, events, run_dir)
         table.add_row(name, place, *numbers, why)
+    if size := size_now(config, state):
+        console.print(f"on {size}", highlight=False, markup=False)
     _print(console, table, file, skipped)
     return ExitCode.DONE
 

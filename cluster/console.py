@@ -96,9 +96,9 @@ def describe(event: events.AnyEvent) -> str:
     """One line of markup for an event, or nothing."""
     match event:
         case events.RunStarted(attempt=1):
-            return f"run [bold]{escape(event.run)}[/] begins: {event.target_steps} steps"
+            return f"run [bold]{escape(event.run)}[/] begins: {event.target_steps} steps{_sizes(event)}"
         case events.RunStarted():
-            return f"run [bold]{escape(event.run)}[/] goes on (attempt {event.attempt})"
+            return f"run [bold]{escape(event.run)}[/] goes on (attempt {event.attempt}){_sizes(event)}"
         case events.SupervisorTookOver():
             return "took over from a supervisor that is gone; training never stopped"
         case events.NodeRemembered() if event.place is not events.Place.MEMBER:
@@ -110,7 +110,8 @@ def describe(event: events.AnyEvent) -> str:
             return f"{event.node} is ready"
         case events.GenerationPlanned():
             source = f"memory, step {event.ram_step}" if event.ram_step >= 0 else "the run directory, if it has one"
-            return f"generation {event.generation} on {', '.join(event.nodes)}; state from {source}"
+            few = f" ({event.layout.words}): {escape(event.reason)}" if event.layout is not None else ""
+            return f"generation {event.generation} on {', '.join(event.nodes)}{few}; state from {source}"
         case events.VerdictGiven():
             verdict = event.verdict
             where = " ".join(filter(None, (verdict.node, f"rank {verdict.rank}" if verdict.rank >= 0 else "")))
@@ -126,6 +127,10 @@ def describe(event: events.AnyEvent) -> str:
             return f"stopped: {escape(event.reason)}"
         case _:
             return ""
+
+
+def _sizes(event: events.RunStarted) -> str:
+    return f"; {escape(event.sizes)}" if event.sizes else ""
 
 
 def _describe_fact(event: events.WorkersReported) -> str:

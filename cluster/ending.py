@@ -32,9 +32,10 @@ def ended_after(last: int, target: int, saved: int, reason: str) -> End:
     return End(ExitCode.REQUEUE, reason or "a worker was asked to leave by a signal")
 
 
-def too_few(usable: int, wanted: int) -> End:
-    """Training cannot begin."""
+def too_few(usable: int, wanted: int, fewest: int) -> End:
+    """Training cannot begin. fewest: how few nodes it could do with, if a layout fitted."""
+    least = f", and no layout of {fewest} nodes or more fits on them" if fewest < wanted else ""
     return End(
         ExitCode.REQUEUE,
-        f"only {usable} of cluster.nodes = {wanted} nodes came up; logs/<node>/agent.log says why",
+        f"only {usable} of cluster.nodes = {wanted} nodes came up{least}; logs/<node>/agent.log says why",
     )

@@ -11,6 +11,7 @@ import enum
 import msgspec
 
 from cluster.messages import Gather
+from configs.shrinking import Layout
 from health.verdict import Verdict
 from trainer.events import Fact
 from trainer.history import Ranges
@@ -32,12 +33,17 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
 
 
 class RunStarted(Event, frozen=True, kw_only=True, tag="run_started"):
-    """A supervisor began (attempt 1) or resumed (attempt > 1) the run. target_steps: where training ends."""
+    """A supervisor began (attempt 1) or resumed (attempt > 1) the run. target_steps: where training ends.
+
+    nodes: how many shall hold ranks; 0 in journals of before runs could shrink. sizes: whether they may be fewer.
+    """
 
     run: str
     attempt: int
     supervisor_pid: int
     target_steps: int
+    nodes: int = 0
+    sizes: str = ""
 
 
 class SupervisorTookOver(Event, frozen=True, kw_only=True, tag="supervisor_took_over"):
@@ -86,7 +92,8 @@ class NodeReadmitted(Event, frozen=True, kw_only=True, tag="node_readmitted"):
 class GenerationPlanned(Event, frozen=True, kw_only=True, tag="generation_planned"):
     """Ranks were handed out: node i of `nodes` holds ranks i*ranks_per_node .. ; ram_step -1: load from disk.
 
-    gather: ranks whose shard of that snapshot is not in their node's own memory, and who has it.
+    gather: ranks whose shard of that snapshot is not in their node's own memory, and who has it. layout: the mesh over
+    these nodes, None for the configuration's own.
     """
 
     generation: int
@@ -98,6 +105,7 @@ class GenerationPlanned(Event, frozen=True, kw_only=True, tag="generation_planne
     reason: str
     ram_generation: int = -1
     gather: tuple[Gather, ...] = ()
+    layout: Layout | None = None
 
 
 class WorkersReported(Event, frozen=True, kw_only=True, tag="fact"):
@@ -134,7 +142,7 @@ class Back(msgspec.Struct, frozen=True, kw_only=True):
 class ActionTaken(Event, frozen=True, kw_only=True, tag="action"):
     """What the policy chose for an incident, its reason in plain words, and the facts that led to it, a line each.
 
-    back: what a rollback means.
+    back: what a rollback means. order: the nodes that hold ranks from now on, where their number changes.
     """
 
     incident: int
@@ -144,6 +152,7 @@ class ActionTaken(Event, frozen=True, kw_only=True, tag="action"):
     spare: str = ""
     because: tuple[str, ...] = ()
     back: Back | None = None
+    order: tuple[str, ...] = ()
 
 
 class NodeEvicted(Event, frozen=True, kw_only=True, tag="node_evicted"):

@@ -40,7 +40,7 @@ def common_snapshot(
     """
     holders: dict[tuple[int, int], set[int]] = {}
     for view in views.values():
-        for shard in _held(view):
+        for shard in holdings(view):
             if shard.world_size == world_size and 0 <= shard.rank < world_size:
                 holders.setdefault((shard.generation, shard.step), set()).add(shard.rank)
     whole = [age for age, ranks in holders.items() if len(ranks) == world_size and age not in rejected]
@@ -73,14 +73,15 @@ def _holders(views: Mapping[str, AgentView], snapshot: tuple[int, int]) -> dict[
     """By rank, who has its shard of the snapshot, and in the fastest tier of each."""
     holders: dict[int, dict[str, str]] = {}
     for node, view in views.items():
-        for shard in _held(view):
+        for shard in holdings(view):
             if (shard.generation, shard.step) == snapshot:
                 of_rank = holders.setdefault(shard.rank, {})
                 of_rank[node] = min(of_rank.get(node, shard.tier), shard.tier, key=_TIERS.index)
     return holders
 
 
-def _held(view: AgentView) -> Sequence[HeldInfo]:
+def holdings(view: AgentView) -> Sequence[HeldInfo]:
+    """The verified shards that a node said it holds."""
     return view.report.readiness.held if view.report.readiness else ()
 
 

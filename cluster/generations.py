@@ -10,6 +10,7 @@ from cluster.messages import AgentReport, Assignment, Gather, Plan, Sources
 from cluster.placement import Placement
 from cluster.planning import assignment, make_plan
 from configs.schema import JobConfig
+from configs.shrinking import Layout, largest_layout
 
 
 class Generations:
@@ -117,9 +118,24 @@ class Generations:
 
     def make(self, state: JobState) -> Plan:
         """The plan for members that are all ready; what they have to fetch is in `gather`."""
-        ranks_per_node = self.config.cluster.ranks_per_node
-        plan, self.gather = make_plan(self.number, self.members, ranks_per_node, self.views, state)
+        ranks_per_node, layout = self.config.cluster.ranks_per_node, self.layout
+        plan, self.gather = make_plan(self.number, self.members, ranks_per_node, self.views, state, layout)
         return plan
+
+    @property
+    def layout(self) -> Layout | None:
+        """The mesh over the members; None: the configuration's own."""
+        if len(self.members) == self.config.cluster.nodes:
+            return None
+        layout = largest_layout(self.config, len(self.members))
+        assert layout is not None
+        assert layout.nodes == len(self.members)
+        return layout
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the members."""
+        return len(self.members) * self.config.cluster.ranks_per_node
 
     def runs(self, report: AgentReport) -> bool:
         """Whether a report is about workers of the plan."""

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 import msgspec
 
 from cluster.events import Place
+from configs.shrinking import Layout
 from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import Fact
 from trainer.history import Ranges, Refused
 
-RESTARTING_ACTIONS = ("restart", "replace", "rollback")
+RESTARTING_ACTIONS = ("restart", "replace", "shrink", "rollback")
 HARMLESS_ACTIONS = ("nothing", "evict")
+EVICTING_ACTIONS = ("replace", "shrink", "evict")
 
 
 class NodeStatus(enum.StrEnum):
@@ -81,6 +83,14 @@ class Incident(msgspec.Struct, frozen=True, kw_only=True):
     open: bool = True
 
 
+class Resize(msgspec.Struct, frozen=True, kw_only=True):
+    """The number of nodes that hold ranks became another one: when, how many since, and why."""
+
+    t_wall_s: float
+    nodes: int
+    reason: str
+
+
 class JobState(msgspec.Struct, frozen=True, kw_only=True):
     """The run as the journal tells it. Its mappings are never changed in place.
 
@@ -92,6 +102,11 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     while the run goes on. failures, evictions: kept since a person last had a turn. recoveries_s: from a verdict to the
     next generation's first step, the newest. step_s: the length of a step by the journal, None if not known yet; it is
     counted from pace_from (step, time) of the generation.
+
+    wanted_nodes: how many shall hold ranks, 0 if the journal does not say. layout: the mesh that they hold, None for
+    the configuration's own. resizes: the newest changes of their number, a start with fewer than wanted among them.
+    proven_size: whether a step was finished since the last one. growing: who will hold ranks once all have saved.
+    evicted_at: when nodes that are evicted were, by the wall clock.
     """
 
     run: str = ""
@@ -119,6 +134,12 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     finished: frozenset[str] = frozenset()
     snapshots: tuple[int, ...] = ()
     newest_step: int = 0
+    wanted_nodes: int = 0
+    layout: Layout | None = None
+    resizes: tuple[Resize, ...] = ()
+    proven_size: bool = True
+    growing: tuple[str, ...] = ()
+    evicted_at: Mapping[str, float] = {}
     exit_code: int | None = None
     stop_reason: str = ""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from cluster.events import ActionTaken, AnyEvent, VerdictGiven
+from cluster.events import ActionTaken, AnyEvent, GenerationPlanned, RunStarted, VerdictGiven
 from cluster.jobstate import RESTARTING_ACTIONS
 from cluster.timeline import TimeCause, Timeline, cut
 from health.verdict import Severity
@@ -37,6 +38,9 @@ class Goodput(msgspec.Struct, frozen=True, kw_only=True):
 
     wall_s = productive_s + the sum of badput_s. ettr = productive_s / (wall_s - badput_s[stopped]); None before any
     time has passed. badput_s has every cause but `productive`, zeros included.
+
+    productive_share: the part of the nodes asked for that held ranks, its mean over the productive time; 1 for a run
+    that never was smaller. What machines really did of what was asked is ettr * productive_share.
     """
 
     wall_s: float
@@ -46,6 +50,7 @@ class Goodput(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int
     lost_steps: int
     incidents: tuple[IncidentCost, ...]
+    productive_share: float = 1.0
 
 
 def account(events: Sequence[AnyEvent], steps: Iterable[StepRecord], now_wall_s: float | None) -> Goodput:
@@ -71,7 +76,31 @@ def account(events: Sequence[AnyEvent], steps: Iterable[StepRecord], now_wall_s:
         restarts=sum(isinstance(event, ActionTaken) and event.action in RESTARTING_ACTIONS for event in events),
         lost_steps=sum(lost.steps for lost in timeline.lost),
         incidents=costs,
+        productive_share=_productive_share(events, timeline),
     )
+
+
+def _productive_share(events: Iterable[AnyEvent], timeline: Timeline) -> float:
+    """Mean, over the productive time, of the nodes that held ranks by the nodes that were asked for."""
+    wanted, sizes = 0, [(0, 1.0)]
+    for event in events:
+        match event:
+            case RunStarted():
+                wanted = event.nodes
+            case GenerationPlanned():
+                sizes.append((round(event.t_wall_s * 1e6), min(1.0, len(event.nodes) / wanted) if wanted else 1.0))
+    if all(share == 1.0 for _, share in sizes):
+        return 1.0
+    ends = [*(begin for begin, _ in sizes[1:]), sys.maxsize]
+    total_us, weighed_us, at = 0, 0.0, 0
+    for interval in timeline.intervals:
+        start = interval.start_us
+        while interval.cause is TimeCause.PRODUCTIVE and start < interval.end_us:
+            while ends[at] <= start:
+                at += 1
+            length = min(interval.end_us, ends[at]) - start
+            total_us, weighed_us, start = total_us + length, weighed_us + length * sizes[at][1], start + length
+    return weighed_us / total_us if total_us else 1.0
 
 
 def _incident_costs(events: Iterable[AnyEvent], timeline: Timeline) -> tuple[IncidentCost, ...]:

@@ -75,6 +75,10 @@ class LocalScheduler:
         shutil.rmtree(self.ram_root / safe_name(node, "node"), ignore_errors=True)
         _remove_semaphores(self.run_dir.semaphore_prefix(node))
 
+    def appeared(self) -> Sequence[str]:
+        """See `Scheduler`: nodes of this machine do not come by themselves."""
+        return ()
+
     def report_bad(self, node: str, reason: str) -> None:
         """Nobody else owns this machine; the runs' own history of nodes has it."""
 

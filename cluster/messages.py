@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
+from configs.shrinking import Layout
 from health.examination import Machine
 from health.network import Way
 from health.verdict import Verdict
@@ -173,7 +174,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Who is which rank in a generation: node i of nodes holds ranks i*ranks_per_node and up.
 
     ram_step, ram_generation: the snapshot that every rank finds in its node's memory once the node has gathered what
-    it lacks; -1: there is none, load from further away.
+    it lacks; -1: there is none, load from further away. layout: the mesh over these nodes; None: the configuration's.
     """
 
     generation: int
@@ -183,6 +184,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     store_port: int
     ram_step: int
     ram_generation: int = -1
+    layout: Layout | None = None
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -199,6 +201,12 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     store_port: int
     ram_step: int
     ram_generation: int = -1
+    layout: Layout | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the whole plan."""
+        return self.nodes * self.ranks_per_node
 
     @property
     def ranks(self) -> range:
@@ -221,6 +229,14 @@ class Sources(msgspec.Struct, frozen=True):
     addresses: tuple[str, ...]
 
 
+class Rescue(msgspec.Struct, frozen=True, gc=False):
+    """A snapshot that only nodes hold is wanted in the run directory: this node writes the shards of these ranks."""
+
+    generation: int
+    step: int
+    ranks: tuple[int, ...]
+
+
 class Wish(enum.StrEnum):
     """What the supervisor wants of an agent beside the plan."""
 
@@ -233,10 +249,11 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order", gc=False):
     """The whole of what the supervisor wants. An agent with an older generation stops its workers.
 
     copy_to: who keeps copies of this node's snapshots. keep_for: ranks whose copies this node keeps. gather: what to
-    fetch before starting the plan's workers. rejected: snapshots (generation, step) that must not be loaded; abandoned,
-    left_out: histories that were given up, and batches that are not read, see `trainer.history`. collect:
-    the number of the newest request for evidence about this generation's workers, 0 for none. measure: what ways to
-    measure now. heard_wall_s: `AgentReport.sent_wall_s` of the newest report; sent_wall_s: the supervisor's clock.
+    fetch before starting the plan's workers. rescue: what to write before there is a plan. rejected: snapshots
+    (generation, step) that must not be loaded; abandoned, left_out: histories that were given up, and batches that are
+    not read, see `trainer.history`. collect: the number of the newest request for evidence about this generation's
+    workers, 0 for none. measure: what ways to measure now. heard_wall_s: `AgentReport.sent_wall_s` of the newest
+    report; sent_wall_s: the supervisor's clock.
     """
 
     ack_seq: int
@@ -246,6 +263,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order", gc=False):
     copy_to: tuple[str, ...] = ()
     keep_for: tuple[int, ...] = ()
     gather: tuple[Sources, ...] = ()
+    rescue: Rescue | None = None
     rejected: tuple[tuple[int, int], ...] = ()
     abandoned: tuple[tuple[int, int], ...] = ()
     left_out: tuple[tuple[int, int], ...] = ()

@@ -15,6 +15,7 @@ from cluster.hangs import HangWatch
 from cluster.messages import AgentReport, Plan
 from cluster.scheduler import Scheduler
 from configs.schema import JobConfig
+from configs.shrinking import effective
 from configs.timeouts import derive
 from health.straggler import Stragglers, peer_groups
 from health.verdict import Verdict
@@ -82,7 +83,8 @@ class Noticing:
         world_size = len(plan.nodes) * plan.ranks_per_node
         ranks = {rank: plan.nodes[rank // plan.ranks_per_node] for rank in range(world_size)}
         self.progress = Progress(plan.generation, ranks, self.config.health, now_s)
-        self.stragglers = Stragglers(ranks, peer_groups(self.config), self.config.health)
+        groups = peer_groups(effective(self.config, plan.layout))
+        self.stragglers = Stragglers(ranks, groups, self.config.health)
         self.hangs = HangWatch(derive(self.config), ranks)
 
     @property

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from cluster.actions import Action, Decision, Evict, Nothing, Replace, Restart, Stop
+from cluster.actions import Action, Decision, Evict, Nothing, Replace, Restart, Shrink, Stop
 from cluster.events import VerdictGiven
 from cluster.evidence import GONE, Weight, goes_on, verdicts_of, weigh, worst
 from cluster.jobstate import Failure, JobState, NodeStatus
 from cluster.policy_numbers import Refusal, decide_numbers, facts_about
 from cluster.policy_pricing import Price, price
+from cluster.policy_size import gone_nodes, size_words, smaller_order, unproven, why_not_smaller
 from cluster.policy_words import fact, ordinal, quote, what
 from configs.schema import JobConfig
+from configs.shrinking import largest_layout
 from health.crash import first_cause
 from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.exits import ExitCode
@@ -45,8 +47,8 @@ def leftover(given: VerdictGiven, action: Action, order: Collection[str]) -> tup
     verdicts = verdicts_of(given)
     if isinstance(action, Stop) or not verdicts:
         return ()
-    evicts = isinstance(action, Replace | Evict)
-    settled = action.node if isinstance(action, Replace | Evict) else ""
+    evicts = isinstance(action, Replace | Shrink | Evict)
+    settled = action.node if isinstance(action, Replace | Shrink | Evict) else ""
     if not any(not each.node or each.node in order for each in verdicts):
         settled = _lead(verdicts).node
     return tuple(
@@ -79,8 +81,16 @@ class _Case:
         inside = [each for each in verdicts if not each.node or each.node in self.state.order]
         lead = _lead(inside or verdicts)
         if lead.severity is Severity.JOB or lead.cause is Cause.BAD_INPUT:
-            return self._decision(_stop_job(lead))
+            return self._decision(self._stop_for_good(lead, _stop_job(lead)))
         return self._decision(self._inside(lead, inside) if inside else self._outside(lead))
+
+    def _stop_for_good(self, lead: Verdict, stop: Stop) -> Stop:
+        """Unless only a smaller job, which has not finished a step yet, fails like that: then the size may be to blame,
+        and the job should go on where there are more nodes."""
+        if not lead.node or not unproven(self.state, self.config):
+            return stop
+        self._pass_over("an end for good, as the job has not finished a step in its new size")
+        return Stop(ExitCode.REQUEUE, f"{stop.reason} That was on {size_words(len(self.state.order), self.config)}.")
 
     def _decision(self, action: Action) -> Decision:
         return Decision(action, tuple(self.because))
@@ -93,8 +103,10 @@ class _Case:
             self.because += facts_about(self.state, self.config)
             return Stop(numbers.exit_code, numbers.reason) if isinstance(numbers, Refusal) else numbers
         running = all(goes_on(each) for each in verdicts)
+        if lead.cause is Cause.OUT_OF_MEMORY and unproven(self.state, self.config):
+            return Stop(ExitCode.REQUEUE, _no_room(lead, self.state, self.config))
         if not running and (loop := _crash_loop(lead, self.given, self.state)) is not None:
-            return loop
+            return self._stop_for_good(lead, loop)
         weight = worst(self.given, self.state, self.window_s)
         if weight is None:
             self.because.append("against a node: nothing")
@@ -111,11 +123,8 @@ class _Case:
         self._tell_spares()
         self._pass_over(f"a restart on the same nodes, as {weight.node} is gone")
         if not self.state.spares:
-            return Stop(
-                ExitCode.REQUEUE,
-                f"{what(lead)} and no spare is left; run the same command again when the node is back."
-                + _suspicious(lead, self.state),
-            )
+            end = "run the same command again when the node is back." + _suspicious(lead, self.state)
+            return self._without_spare(lead, weight, end)
         return self._within_budget(lead, self._replacement(lead, weight))
 
     def _judge(self, lead: Verdict, weight: Weight, running: bool) -> Action:
@@ -125,10 +134,7 @@ class _Case:
         proven = weight.certainty is Certainty.PROOF and not weight.slow
         if not self.state.spares:
             if proven and not running:
-                return Stop(
-                    ExitCode.REQUEUE,
-                    f"{what(lead)} and no spare is left; run the same command again when there is another node.",
-                )
+                return self._without_spare(lead, weight, "run the same command again when there is another node.")
             self._pass_over(f"evicting {weight.node}, as there is no spare")
             again = f" for the {ordinal(weight.strikes + 1)} time on this node, but" if weight.strikes else ""
             return self._keep(lead, running, f"{again.strip()} no spare is left".strip())
@@ -142,6 +148,18 @@ class _Case:
             return self._over_the_limit(lead, proven, running)
         self._pass_over(f"keeping {weight.node}, as {'it is proven bad' if proven else 'that costs more'}")
         return self._within_budget(lead, self._replacement(lead, weight))
+
+    def _without_spare(self, lead: Verdict, weight: Weight, end: str) -> Action:
+        """The node must go, and nobody takes its place: fewer nodes, or the end. end: what then remains to be done."""
+        order = smaller_order({weight.node, *gone_nodes(self.given)}, self.state, self.config)
+        if not order:
+            self._pass_over(f"going on with fewer nodes, as {why_not_smaller(self.config)}")
+            return Stop(ExitCode.REQUEUE, f"{what(lead)} and no spare is left; {end}")
+        if not weight.gone and self._evictions_left() < 1:
+            return self._over_the_limit(lead, proven=True, running=False)
+        self._pass_over("an end, as a smaller layout fits")
+        reason = f"{what(lead)} and no spare is left; the job goes on with {size_words(len(order), self.config)}."
+        return self._within_budget(lead, Shrink(weight.node, order, reason))
 
     def _keep(self, lead: Verdict, running: bool, why: str) -> Action:
         """All nodes stay: the workers start again, if they do not run as they should."""
@@ -201,7 +219,7 @@ class _Case:
 
     def _outside(self, verdict: Verdict) -> Action:
         """Training is not touched; the node goes if it is gone, or if more than one hint speaks against it."""
-        state, wanted = self.state, self.config.cluster.nodes
+        state = self.state
         hopeful = state.with_status(NodeStatus.STARTING, NodeStatus.READY, NodeStatus.ACTIVE)
         left = [node for node in hopeful if node != verdict.node]
         weight = weigh(verdict.node, self.given, state, self.window_s)
@@ -215,10 +233,11 @@ class _Case:
             if not state.order and weight.certainty is Certainty.PROOF:
                 return self._over_the_limit(verdict, proven=True, running=False)
             return Nothing(f"{what(verdict)}, but health.max_evictions_per_hour is reached; training is not touched.")
-        if not state.order and len(left) < wanted:
+        if not state.order and largest_layout(self.config, len(left)) is None:
             return Stop(
                 ExitCode.REQUEUE,
-                f"{what(verdict)} before training began; {len(left)} of {wanted} nodes are left and no spare. "
+                f"{what(verdict)} before training began; {len(left)} of {self.config.cluster.nodes} nodes are left and "
+                "no spare. "
                 "Run the same command again when the node is back.",
             )
         return Evict(verdict.node, f"{what(verdict)}, and the node holds no ranks; training is not touched.")
@@ -239,6 +258,14 @@ def _stop_job(verdict: Verdict) -> Stop:
     if verdict.cause is Cause.BAD_INPUT:
         return Stop(ExitCode.BAD_INPUT, f"{what(verdict)}: {quote(verdict)}. A restart cannot help; correct it first.")
     return Stop(ExitCode.DO_NOT_RESTART, f"{what(verdict)} and asked not to be restarted: {quote(verdict)}.")
+
+
+def _no_room(verdict: Verdict, state: JobState, config: JobConfig) -> str:
+    return (
+        f"{what(verdict)}, on {size_words(len(state.order), config)}: a rank's share of the state has no room there. "
+        f"Run the same command again when there are more nodes; cluster.min_nodes = {len(state.order) + 1} keeps "
+        "the job from becoming so small again."
+    )
 
 
 def _crash_loop(verdict: Verdict, given: VerdictGiven, state: JobState) -> Stop | None:

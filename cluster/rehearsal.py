@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cluster.actions import Decision, action_event
 from cluster.events import ActionTaken, AnyEvent, VerdictGiven
-from cluster.jobstate import JobState
+from cluster.jobstate import EVICTING_ACTIONS, JobState
 from cluster.policy import decide
 from cluster.state import apply
 from configs.schema import JobConfig
@@ -60,5 +60,5 @@ def _taken(events: Sequence[AnyEvent], index: int) -> ActionTaken | None:
 
 
 def _deed(event: ActionTaken) -> tuple[str, str, str]:
-    evicts = event.action in ("replace", "evict")
+    evicts = event.action in EVICTING_ACTIONS
     return event.action, event.node if evicts else "", event.spare if evicts else ""

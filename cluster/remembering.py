@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from cluster import events
 from cluster.evidence import GONE, speaks_against
 from cluster.history import AnyEntry, Evicted, HistoryFile, Judged, NodeId, Served
+from cluster.jobstate import EVICTING_ACTIONS
 from cluster.lemons import Standing
 from cluster.policy_words import quote
 from cluster.watchers import Watcher
@@ -91,7 +92,7 @@ class Remembering:
                     if each.node and each.severity is not Severity.NOTICE
                     if speaks_against(each) or each.certainty is Certainty.HINT
                 ]
-            case events.ActionTaken() if event.action in ("replace", "evict") and event.node:
+            case events.ActionTaken() if event.action in EVICTING_ACTIONS and event.node:
                 return self._evicted(event)
             case events.NodeEvicted():
                 return self._served([event.node], event.t_wall_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from cluster.events import AnyEvent
 from cluster.incidents import write_whole
 from cluster.jobstate import HARMLESS_ACTIONS, Incident, JobState
 from cluster.ledger import Goodput, IncidentCost, account
+from cluster.policy_size import size_words
 from cluster.state import replay
 from cluster.stepline import UNKNOWN, format_duration
 from cluster.timeline import TimeCause
@@ -44,6 +46,7 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """A whole run. None means not known. tokens_per_sec is of all ranks, its median over the productive steps.
 
     outcome: running, done, requeue, or failed; exit_code is None while no supervisor has written an end.
+    size: on how many of its nodes the run is, and why; resizes: a line for each change of that.
     """
 
     run: str
@@ -62,6 +65,8 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     incidents: tuple[IncidentSummary, ...]
     goodput: Goodput
     report: str
+    size: str = ""
+    resizes: tuple[str, ...] = ()
 
 
 def summary(
@@ -75,8 +80,8 @@ def summary(
     goodput = account(events, steps, now_wall_s)
     kept = surviving(steps)
     losses = [record.loss_avg for record in kept if record.loss_avg is not None]
-    rates = [record.tokens_per_sec_per_gpu for record in kept]
-    rate = statistics.median(rates) if rates else None
+    rate = statistics.median(record.tokens_per_sec_per_gpu for record in kept) if kept else None
+    total = [record.tokens_per_sec_per_gpu * (record.ranks or config.world_size) for record in kept]
     return RunSummary(
         run=config.run.name,
         outcome=_outcome(state, now_wall_s is not None),
@@ -87,13 +92,15 @@ def summary(
         target_steps=state.target_steps or config.training.steps,
         loss_first=losses[0] if losses else None,
         loss_last=losses[-1] if losses else None,
-        tokens_per_sec=None if rate is None else rate * config.world_size,
+        tokens_per_sec=statistics.median(total) if total else None,
         tokens_per_sec_per_gpu=rate,
         newest_snapshot=state.snapshots[-1] if state.snapshots else None,
         nodes={name: node.status.value for name, node in sorted(state.nodes.items())},
         incidents=_incidents(state, goodput),
         goodput=goodput,
         report=str(Path(config.run.dir) / config.run.name / REPORT_MD),
+        size=size_now(config, state),
+        resizes=tuple(f"{_clock(each.t_wall_s)}: {each.nodes} nodes: {each.reason}" for each in state.resizes),
     )
 
 
@@ -140,6 +147,9 @@ def headlines(report: RunSummary) -> list[tuple[str, str]]:
     if report.loss_first is not None and report.loss_last is not None:
         loss = f"{report.loss_first:.4f} -> {report.loss_last:.4f}"
     ettr = UNKNOWN if goodput.ettr is None else f"{goodput.ettr:.3f}"
+    if goodput.ettr is not None and goodput.productive_share < 1.0:
+        share = goodput.ettr * goodput.productive_share
+        ettr += f" ({share:.3f} of the machines asked for: {goodput.productive_share:.0%} of them held ranks)"
     return [
         ("outcome", f"{report.outcome}{end}"),
         ("steps", f"{report.step}/{report.target_steps}"),
@@ -150,6 +160,8 @@ def headlines(report: RunSummary) -> list[tuple[str, str]]:
         ("restarts", f"{goodput.restarts}, {_again(goodput.lost_steps)}"),
         ("newest snapshot", UNKNOWN if report.newest_snapshot is None else f"step {report.newest_snapshot}"),
         ("nodes", ", ".join(f"{name} {status}" for name, status in report.nodes.items()) or UNKNOWN),
+        *([("size", report.size)] if report.size else []),
+        *(("resized", line) for line in report.resizes),
     ]
 
 
@@ -186,6 +198,18 @@ def time_table(goodput: Goodput) -> list[tuple[str, float, str]]:
         for cause, seconds in rows
         if seconds >= 0.05 or cause is TimeCause.PRODUCTIVE
     ]
+
+
+def size_now(config: JobConfig, state: JobState) -> str:
+    """`1 of 2 nodes (tp 2) since 12:03:04: why`; "" while it is as large as it should be."""
+    if not state.order or len(state.order) >= (state.wanted_nodes or config.cluster.nodes):
+        return ""
+    since = f" since {_clock(state.resizes[-1].t_wall_s)}: {state.resizes[-1].reason}" if state.resizes else ""
+    return f"{size_words(len(state.order), config)}{since}"
+
+
+def _clock(t_wall_s: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(t_wall_s))
 
 
 def _again(steps: int) -> str:

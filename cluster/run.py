@@ -22,8 +22,9 @@ from cluster.journal import Journal, read_events
 from cluster.keys import make_or_read_keys, make_transfer_key
 from cluster.lease import LeaseKeeper
 from cluster.lemons import Standing, standings
-from cluster.messages import Plan
+from cluster.planning import planned
 from cluster.remembering import Remembering, remembered
+from cluster.returning import remind
 from cluster.rundir import Endpoint, RunDir, write_atomically
 from cluster.scheduler import Scheduler, open_scheduler
 from cluster.state import replay
@@ -33,6 +34,7 @@ from cluster.watchers import Watcher, Watchers
 from cluster.wire import SupervisorSocket
 from configs.load import ConfigError, Problem, describe_changes, load_job, resolve_toml
 from configs.schema import JobConfig
+from configs.shrinking import words_about_sizes
 from trainer.exits import ExitCode
 from trainer.paths import transfer_key_path
 
@@ -125,6 +127,8 @@ def _begin(
             attempt=state.attempt + 1,
             supervisor_pid=os.getpid(),
             target_steps=config.training.steps,
+            nodes=config.cluster.nodes,
+            sizes=words_about_sizes(config),
         )
         past = history.read()
         if past.skipped:
@@ -165,7 +169,7 @@ def _start_agents(supervisor: Supervisor, config: JobConfig, scheduler: Schedule
     for name in all_names[: all_names.index(names[-1]) + 1 if len(names) == wanted else None]:
         standing = past.get(name)
         if standing is not None and name not in evicted and (standing.failures or name in out):
-            _remind(supervisor, name, standing)
+            remind(supervisor, name, standing)
     for name in names:
         supervisor.handles[name] = scheduler.start(name)
         supervisor.emit(events.AgentStarted, node=name, handle=supervisor.handles[name])
@@ -184,18 +188,6 @@ def _give_back(supervisor: Supervisor, past: Mapping[str, Standing]) -> None:
             supervisor.emit(events.NodeReadmitted, node=name, reason=standing.reason)
 
 
-def _remind(supervisor: Supervisor, name: str, standing: Standing) -> None:
-    supervisor.emit(
-        events.NodeRemembered,
-        node=name,
-        place=standing.place,
-        reason=standing.reason,
-        failures=standing.failures,
-        node_days=standing.node_days,
-        failures_per_day=standing.failures_per_day,
-    )
-
-
 def _adopt(supervisor: Supervisor, state: JobState, run_dir: RunDir) -> None:
     """Take up the newest planned generation, and what the last supervisor did not come to."""
     found = read_events(run_dir.events)
@@ -212,15 +204,7 @@ def _adopt_plan(supervisor: Supervisor, state: JobState, found: list[events.AnyE
     later = found[found.index(last) :]
     decided = any(isinstance(e, events.ActionTaken) and e.action in RESTARTING_ACTIONS for e in later)
     supervisor.adopt(
-        Plan(
-            generation=last.generation,
-            nodes=last.nodes,
-            ranks_per_node=last.ranks_per_node,
-            store_host=last.store_host,
-            store_port=last.store_port,
-            ram_step=last.ram_step,
-            ram_generation=last.ram_generation,
-        ),
+        planned(last),
         last.gather,
         state.order,
         decided,

@@ -24,6 +24,9 @@ class Scheduler(Protocol):
     def kill(self, node: str, handle: str) -> None:
         """End the agent and all its workers now, and give back what they held."""
 
+    def appeared(self) -> Sequence[str]:
+        """Nodes that may be started and were not there before, or are there again. Never raises, never waits."""
+
     def report_bad(self, node: str, reason: str) -> None:
         """Tell whoever owns the node that it is bad, in words for its administrator. Never raises, never waits."""
 

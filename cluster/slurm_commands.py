@@ -63,6 +63,11 @@ class NodeRow:
         """Whether the controller hears of it, and may start something there."""
         return not self.state.endswith("*") and not self.state.startswith("down")
 
+    @property
+    def usable(self) -> bool:
+        """Whether nobody wants it out of work either."""
+        return self.answers and not self.state.startswith(("drain", "fail", "reboot", "maint"))
+
 
 class SlurmCommands:
     """Calls of sbatch, squeue, sinfo, scontrol and scancel.

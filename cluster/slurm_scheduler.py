@@ -25,6 +25,7 @@ _POLL_S = 0.2
 _CALL_TIMEOUT_S = 15.0
 _PATIENCE_S = 120.0
 _AGAIN_S = 2.0
+_PRESENT_S = 15.0
 _THREADS = 16
 _T = TypeVar("_T")
 
@@ -60,6 +61,7 @@ class SlurmScheduler:
         self._killing: dict[str, concurrent.futures.Future[None]] = {}
         self._littered: set[str] = set()
         self._steps = _KnownSteps(self.commands, self._pool)
+        self._present = _Present(self.commands, self._pool, self.names)
 
     @classmethod
     def inside(cls, config: JobConfig, run_dir: RunDir, environ: Mapping[str, str]) -> SlurmScheduler:
@@ -110,6 +112,7 @@ class SlurmScheduler:
             )
         handle = slurm_steps.handle_of(self.job_id, name)
         self._children[handle] = child
+        self._present.started(node)
         self.watchdog.open()
         return handle
 
@@ -139,6 +142,10 @@ class SlurmScheduler:
             self.watchdog.avoid(node)
             self._littered.add(node)
             self._killing[node] = self._pool.submit(self._end_step, node, handle)
+
+    def appeared(self) -> Sequence[str]:
+        """See `Scheduler`: nodes of the allocation that are up, and had no agent yet or were down since."""
+        return self._present.appeared()
 
     def report_bad(self, node: str, reason: str) -> None:
         """See `Scheduler`: as the configuration says, `scontrol update nodename=... state=drain|down`."""
@@ -224,6 +231,43 @@ class SlurmScheduler:
 def _answering(commands: SlurmCommands, names: Sequence[str]) -> list[str]:
     there = {row.name for row in patiently(lambda: commands.nodes(names)) if row.answers}
     return [name for name in names if name in there]
+
+
+class _Present:
+    """Which nodes of the allocation are up, as SLURM said last. It is asked in the background, and only while somebody
+    wants to know."""
+
+    def __init__(self, commands: SlurmCommands, pool: concurrent.futures.Executor, names: Sequence[str]) -> None:
+        self.commands = commands
+        self.pool = pool
+        self.names = names
+        self._in_use: set[str] = set()
+        self._up: tuple[str, ...] = ()
+        self._asked_s = float("-inf")
+        self._asking: concurrent.futures.Future[None] | None = None
+
+    def started(self, node: str) -> None:
+        """An agent was started there: it only appears once it has been down."""
+        self._in_use.add(node)
+        self._up = tuple(name for name in self._up if name != node)
+
+    def appeared(self) -> Sequence[str]:
+        """See `Scheduler`."""
+        idle = self._asking is None or self._asking.done()
+        if idle and time.monotonic() - self._asked_s > _PRESENT_S:
+            self._asked_s = time.monotonic()
+            self._asking = self.pool.submit(self._refresh)
+        return [name for name in self._up if name not in self._in_use]
+
+    def _refresh(self) -> None:
+        try:
+            rows = self.commands.nodes(self.names)
+        except SlurmError as error:
+            logger.warning("which nodes are up is not known now: %s", error)
+            return
+        self._in_use -= {row.name for row in rows if not row.answers}
+        up = {row.name for row in rows if row.usable}
+        self._up = tuple(name for name in self.names if name in up)
 
 
 class _KnownSteps:

@@ -24,6 +24,7 @@ from cluster.events import (
     WorkersReported,
 )
 from cluster.jobstate import (
+    EVICTING_ACTIONS,
     HARMLESS_ACTIONS,
     RESTARTING_ACTIONS,
     Eviction,
@@ -33,6 +34,7 @@ from cluster.jobstate import (
     NodeState,
     NodeStatus,
     Remembered,
+    Resize,
 )
 from health.verdict import Cause, Severity
 from trainer.events import Fact, FactKind
@@ -41,6 +43,7 @@ from trainer.history import union
 
 KEPT_SNAPSHOTS = 16
 KEPT_RECOVERIES = 16
+KEPT_RESIZES = 64
 _PERSONS_TURN = (ExitCode.FAILED, ExitCode.BAD_INPUT, ExitCode.DO_NOT_RESTART)
 
 
@@ -77,6 +80,7 @@ def apply(state: JobState, event: AnyEvent) -> JobState:
         case ActionTaken():
             return _action(state, event)
         case NodeEvicted():
+            state = _replace(state, evicted_at={**state.evicted_at, event.node: event.t_wall_s})
             return _with_node(state, event.node, status=NodeStatus.EVICTED)
         case NodeFinished():
             return _replace(
@@ -101,6 +105,8 @@ def _started(state: JobState, event: RunStarted) -> JobState:
         attempt=event.attempt,
         target_steps=event.target_steps,
         supervisor_pid=event.supervisor_pid,
+        wanted_nodes=event.nodes,
+        growing=(),
         nodes=evicted,
         order=(),
         finished=frozenset(),
@@ -128,6 +134,7 @@ def _ready(state: JobState, event: NodeReady) -> JobState:
 
 def _planned(state: JobState, event: GenerationPlanned) -> JobState:
     nodes, planned = dict(state.nodes), frozenset(event.nodes)
+    state = _resized(state, event)
     for name, node in state.nodes.items():
         if node.status is NodeStatus.ACTIVE and name not in planned:
             nodes[name] = msgspec.structs.replace(node, status=NodeStatus.READY)
@@ -138,6 +145,8 @@ def _planned(state: JobState, event: GenerationPlanned) -> JobState:
         state,
         generation=event.generation,
         order=event.nodes,
+        layout=event.layout,
+        growing=(),
         ranks_per_node=event.ranks_per_node,
         ram_step=event.ram_step,
         nodes=nodes,
@@ -145,6 +154,14 @@ def _planned(state: JobState, event: GenerationPlanned) -> JobState:
         rollback_wanted=None,
         pace_from=None,
     )
+
+
+def _resized(state: JobState, event: GenerationPlanned) -> JobState:
+    before = state.resizes[-1].nodes if state.resizes else state.wanted_nodes
+    if not before or len(event.nodes) == before:
+        return state
+    resize = Resize(t_wall_s=event.t_wall_s, nodes=len(event.nodes), reason=event.reason)
+    return _replace(state, resizes=(*state.resizes, resize)[-KEPT_RESIZES:], proven_size=False)
 
 
 def _fact(state: JobState, fact: Fact) -> JobState:
@@ -184,6 +201,7 @@ def _first_step(state: JobState, fact: Fact) -> JobState:
         ),
         recoveries_s=(*state.recoveries_s, *measured)[-KEPT_RECOVERIES:],
         newest_step=max(state.newest_step, fact.step),
+        proven_size=state.proven_size or fact.generation == state.generation,
         pace_from=(fact.step, fact.t_wall_s) if fact.generation == state.generation else state.pace_from,
     )
 
@@ -241,18 +259,24 @@ def _action(state: JobState, event: ActionTaken) -> JobState:
         for each in state.incidents
     )
     restarts_used = state.restarts_used + (event.action in RESTARTING_ACTIONS)
-    state = _replace(state, incidents=incidents, restarts_used=restarts_used)
+    growing = event.order if event.action == "grow" else ()
+    state = _replace(state, incidents=incidents, restarts_used=restarts_used, growing=growing or state.growing)
     if event.back is not None:
         state = _went_back(state, event.back)
-    if event.action not in ("replace", "evict"):
+    if event.action not in EVICTING_ACTIONS:
         return state
     state = _replace(state, evictions=(*state.evictions, _eviction(state, event)))
     if event.action == "evict":
         return _with_node(state, event.node, status=NodeStatus.EVICTED) if event.node else state
     # The spare is taken at once, so that a second loss before the next plan is given another one.
-    state = _replace(state, order=tuple(event.spare if name == event.node else name for name in state.order))
+    taken = tuple(event.spare if name == event.node else name for name in state.order)
+    state = _replace(state, order=event.order if event.action == "shrink" else taken)
     if event.spare:
         state = _with_node(state, event.spare, status=NodeStatus.ACTIVE)
+    if event.action == "shrink":
+        # Who has no ranks any more can take over some at once.
+        for name in state.with_status(NodeStatus.ACTIVE):
+            state = state if name in event.order else _with_node(state, name, status=NodeStatus.READY)
     return _with_node(state, event.node, status=NodeStatus.EVICTED) if event.node else state
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from cluster import events, suspicions
-from cluster.actions import Decision, Evict, Nothing, Replace, Restart, Stop, action_event
+from cluster.actions import Decision, Evict, Grow, Nothing, Replace, Restart, Shrink, Stop, action_event
 from cluster.answering import Answering
 from cluster.deciding import Deciding
 from cluster.ending import End, ended_after, too_few
@@ -23,20 +23,27 @@ from cluster.evaluations import Evaluations
 from cluster.fleet import AgentView, first_members
 from cluster.fleet_doctor import FleetDoctor
 from cluster.generations import Generations
+from cluster.handing_over import HandingOver
+from cluster.history import history_path
 from cluster.inbox import Inbox
 from cluster.jobstate import JobState
 from cluster.journal import Journal
 from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
 from cluster.noticing import Noticing, Suspicion
+from cluster.planning import plan_event
 from cluster.policy_numbers import Rollback
+from cluster.policy_size import resumed_words, size_for
+from cluster.rescuing import Rescuing
+from cluster.returning import Returning
 from cluster.rundir import RunDir
 from cluster.scheduler import Scheduler
 from cluster.state import apply
 from cluster.watchers import Watcher
 from cluster.wire import SupervisorSocket
 from configs.schema import JobConfig
+from configs.shrinking import fewest_nodes
 from health.verdict import Cause, Verdict
-from trainer.events import Fact, FactKind
+from trainer.events import FactKind
 from trainer.exits import ExitCode
 
 _TICK_S = 0.05
@@ -75,8 +82,10 @@ class Supervisor:
         self.noticing = Noticing(config, scheduler, self.views, time.monotonic())
         self.doctor = FleetDoctor(run_dir, config.health)
         self.generations = Generations(config, self.views, state.generation)
-        self.leaving: str = ""
         self.deciding = Deciding(self)
+        self.handing_over = HandingOver(self)
+        self.rescuing = Rescuing(config.cluster.leave_timeout_s)
+        self.returning = Returning(self, history_path(config, run_dir.path.parent))
         self.inbox = Inbox()
         self.answering = Answering(config.health.heartbeat_interval_s)
         self.unacknowledged: dict[str, int] = {}
@@ -101,6 +110,8 @@ class Supervisor:
             self.deciding.act(now)
             self.examine(now)
             self.try_plan()
+            self.returning.look(now)
+            self.handing_over.grow(now)
             self.try_finish(now)
             self.tell_watcher()
         self.shut_down()
@@ -124,6 +135,7 @@ class Supervisor:
             self.next_generation(order, "the last supervisor had decided on it")
         else:
             self._follow(plan)
+            self.handing_over.take_up()
 
     def interrupt(self, number: int) -> None:
         """Signal handler: the first asks the job to save and leave, the second does not wait for it."""
@@ -134,6 +146,8 @@ class Supervisor:
 
     def take(self, report: AgentReport) -> None:
         """Fold one agent's report into what is known, and answer it."""
+        if self.returning.is_former(report.node, report.pid):
+            return
         if report.node not in self.handles:
             if report.node in self.evicted:  # by the supervisor before this one
                 self.send_order(report.node)
@@ -179,34 +193,15 @@ class Supervisor:
                     self.deciding.hear_numbers(fact)
                 case FactKind.CORRUPTION_FOUND if report.node not in self.evicted:
                     self.deciding.hear_corruption(fact)
+                case FactKind.SNAPSHOT_FAILED:
+                    self.rescuing.hear(fact)
 
     def _told_to_leave(self, report: AgentReport) -> None:
-        """A node will be taken away: all ranks save at the next step's end, and then a spare takes its place."""
-        if report.node not in self.generations.members:
-            if self.generations.members:
-                self._evict(report.node, f"spare: {report.notice}")
-            return
-        if self.leaving or self.wish is not Wish.RUN:
-            return
-        self.leaving, self.wish = report.node, Wish.SAVE_AND_LEAVE
-        self.leave_by_s = time.monotonic() + self.config.cluster.leave_timeout_s
-        fact = Fact(
-            kind=FactKind.STOPPING, node=report.node, rank=-1, generation=self.generations.number,
-            step=self.noticing.progress.newest_step, t_wall_s=time.time(),
-            detail=f"{report.notice}: state is saved first",
-        )  # fmt: skip
-        self.emit(events.WorkersReported, fact=fact)
-        self.broadcast()
-
-    def _hand_over(self) -> None:
-        """Everybody saved, or had the time to: give the leaving node's ranks to a spare, or end if there is none."""
-        node, self.leaving, self.wish = self.leaving, "", Wish.RUN
-        view = self.views.get(node)
-        notice = view.report.notice if view else "it went before it could save"
-        verdict = suspicions.preempted(node, self.noticing.progress.newest_step, notice)
-        self.deciding.suspect(Suspicion(verdict, time.time()))
-        self.deciding.act(time.monotonic())
-        self.deciding.go_on()
+        """A node will be taken away."""
+        if report.node in self.generations.members:
+            self.handing_over.told_to_leave(report)
+        elif self.generations.members:
+            self._evict(report.node, f"spare: {report.notice}")
 
     def _take_exits(self, report: AgentReport) -> None:
         if self.wish is not Wish.RUN:
@@ -245,6 +240,7 @@ class Supervisor:
                 copy_to=wanted.placement.copy_to(node),
                 keep_for=wanted.placement.keep_for(node, self.config.cluster.ranks_per_node),
                 gather=wanted.sources_of(node),
+                rescue=self.rescuing.order_of(node),
                 rejected=self.state.rejected,
                 collect=self.noticing.collect if self.noticing.progress.generation == wanted.number else 0,
                 measure=self.doctor.order_for(node),
@@ -318,6 +314,10 @@ class Supervisor:
                 self._evict(node, reason)
                 self._report(root)
                 self.next_generation(tuple(spare if m == node else m for m in self.generations.members), reason)
+            case Shrink(node=node, order=order, reason=reason):
+                self._evict(node, reason)
+                self._report(root)
+                self.next_generation(order, reason)
             case Evict(node=node, reason=reason):
                 self._evict(node, reason)
                 self._report(root)
@@ -326,7 +326,7 @@ class Supervisor:
                     self._choose_first_members()
             case Stop(exit_code=code, reason=reason):
                 self.exit_code, self.stop_reason = ExitCode(code), reason
-            case Nothing():
+            case Nothing() | Grow():
                 pass
 
     def _evict(self, node: str, reason: str) -> None:
@@ -359,21 +359,14 @@ class Supervisor:
             self._choose_first_members()
             return
         wanted = self.generations
-        if not wanted.all_ready or self.noticing.waits_for_adopted or wanted.waits_for_spares(time.monotonic()):
+        now = time.monotonic()
+        if not wanted.all_ready or self.noticing.waits_for_adopted or wanted.waits_for_spares(now):
+            return
+        if self.rescuing.waits(wanted.number, wanted.world_size, self.views, self.state, now, self.broadcast):
             return
         plan = wanted.make(self.state)
-        self.emit(
-            events.GenerationPlanned,
-            generation=plan.generation,
-            nodes=plan.nodes,
-            ranks_per_node=plan.ranks_per_node,
-            store_host=plan.store_host,
-            store_port=plan.store_port,
-            ram_step=plan.ram_step,
-            ram_generation=plan.ram_generation,
-            gather=wanted.gather,
-            reason=wanted.reason,
-        )
+        reason = wanted.reason + resumed_words(plan, self.state, self.noticing.progress.newest_step)
+        self.emit(plan_event, plan=plan, gather=wanted.gather, reason=reason)
         self._follow(plan)
 
     def _follow(self, plan: Plan) -> None:
@@ -388,11 +381,12 @@ class Supervisor:
 
     def _choose_first_members(self) -> None:
         usable = [n for n in self.handles if n not in self.evicted]
-        if len(usable) < self.config.cluster.nodes:
-            self._end(too_few(len(usable), self.config.cluster.nodes))
-            return
-        wanted = first_members(usable, self.config.cluster.nodes, self.state.doubtful)
-        self.next_generation(wanted, self.generations.reason)
+        nodes, why = size_for(len(usable), self.config)
+        if nodes:
+            wanted = first_members(usable, nodes, self.state.doubtful)
+            self.next_generation(wanted, why or self.generations.reason)
+        else:
+            self._end(too_few(len(usable), self.config.cluster.nodes, fewest_nodes(self.config)))
 
     # The end ------------------------------------------------------------------------------------------------------
 
@@ -402,8 +396,8 @@ class Supervisor:
             return
         last = self.generations.finished_after()
         if last is not None:
-            if self.leaving and not self.interrupts and last < self.config.training.steps:
-                self._hand_over()
+            if self.handing_over.active and not self.interrupts and last < self.config.training.steps:
+                self.handing_over.over()
             else:
                 saved, target = self.state.newest_snapshot, self.config.training.steps
                 self._end(ended_after(last, target, saved, self.stop_reason))
@@ -412,8 +406,8 @@ class Supervisor:
             self.leave_by_s = now + self.config.cluster.leave_timeout_s
             self.broadcast()
         if self.exit_code is None and self.wish is Wish.SAVE_AND_LEAVE and self._leave_now(now):
-            if self.leaving and not self.interrupts:
-                self._hand_over()
+            if self.handing_over.active and not self.interrupts:
+                self.handing_over.over()
             else:
                 self.exit_code = ExitCode.REQUEUE
 
@@ -429,6 +423,7 @@ class Supervisor:
         assert self.exit_code is not None
         self.wish = Wish.SHUT_DOWN
         self.broadcast()
+        self.returning.close()
         deadline = time.monotonic() + (0.0 if self.interrupts > 1 else 10.0)
         # An agent that never spoke hears no order either.
         spoke = [handle for node, handle in self.handles.items() if node in self.views]

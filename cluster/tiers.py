@@ -22,7 +22,7 @@ from checkpointing.transfer_probe import PROBE_REF, make_probe, measure
 from checkpointing.transfer_server import TransferServer
 from cluster.agent import AgentState
 from cluster.measuring import Measurer
-from cluster.messages import Assignment, HeldInfo, Order, PeerAt
+from cluster.messages import Assignment, HeldInfo, Order, PeerAt, Rescue
 from cluster.rundir import RunDir
 from configs.schema import JobConfig
 from health.network import Way
@@ -62,6 +62,7 @@ class NodeTiers:
         self.key = key
         self.measurer = Measurer(self._way_from, state.measured)
         self._probe: Located | None = None
+        self._rescued: Rescue | None = None
         self._probe_lock = threading.Lock()
         self.replicator = Replicator(segments, key, policy.peer_interval_steps, limit, self._on_copies)
         self.gatherer = Gatherer(self.store, self.copies, key, ram_dir, state.wants_restart)
@@ -121,6 +122,7 @@ class NodeTiers:
     def obey(self, order: Order) -> None:
         """The supervisor spoke: copies go to these, and are taken of no history older than the plan's."""
         self.measurer.obey(order.measure)
+        self._rescue(order.rescue)
         self.replicator.send_to(order.copy_to)
         self.copies.keep_for(order.keep_for)
         if order.plan is not None:
@@ -132,13 +134,27 @@ class NodeTiers:
             if plan.ram_step >= 0:
                 self.copies.go_on_from(base, plan.generation)
 
+    def _rescue(self, wanted: Rescue | None) -> None:
+        """Have shards written that others will need; orders repeat themselves, and each counts once."""
+        if wanted == self._rescued:
+            return
+        self._rescued = wanted
+        if wanted is None:
+            return
+        for rank in wanted.ranks:
+            located = self.find(ShardRef(wanted.generation, wanted.step, rank))
+            if located is not None:
+                self.store.rescue(located)
+            else:
+                words = f"the shard of rank {rank} is not here any more"
+                self.note(FactKind.SNAPSHOT_FAILED, wanted.step, words, rank, generation=wanted.generation)
+
     def begin(self, plan: Assignment, order: Order) -> None:
         """Before the plan's workers start: bring into memory what they lack, and see to this node's part of uploads."""
         self.generation = plan.generation
         ranks = plan.ranks
         if self.uploads is not None:
-            steps, world_size = self.config.training.steps, self.config.world_size
-            self.uploads.serve(ranks, plan.generation, world_size, steps)
+            self.uploads.serve(ranks, plan.generation, plan.world_size, self.config.training.steps)
         needs = [
             Need(ShardRef(plan.ram_generation, plan.ram_step, s.rank), s.rank - ranks.start, s.addresses)
             for s in order.gather

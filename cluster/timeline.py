@@ -154,7 +154,7 @@ def _harmless(events: Iterable[AnyEvent]) -> set[int]:
     noted = set()
     for event in events:
         match event:
-            case ActionTaken():
+            case ActionTaken() if event.action != "grow":
                 acted.setdefault(event.incident, set()).add(event.action)
             case VerdictGiven() if event.verdict.severity is Severity.NOTICE:
                 noted.add(event.incident)
@@ -207,6 +207,7 @@ class _Walker:
         self._incident = 0
         self._running: _Generation | None = None
         self._begun = False
+        self._saving = False
         self._alive = False
         self._last_event_us = start_us
 
@@ -218,6 +219,8 @@ class _Walker:
                 self._run_started(at)
             case GenerationPlanned():
                 self._planned(event.generation, at)
+            case ActionTaken(action="grow"):
+                self._saving = True
             case VerdictGiven() if event.incident not in self._harmless:
                 self._verdict(event, at)
             case RunStopped():
@@ -255,8 +258,10 @@ class _Walker:
         self._waiting_for = TimeCause.STARTUP
 
     def _planned(self, generation: int, at: int) -> None:
+        saving, self._saving = self._saving, False
         if self._running is not None:
-            self._leave_steps(at, TimeCause.LOST)
+            # A job that grows loses nothing: all had saved.
+            self._leave_steps(at, TimeCause.FINISHING if saving else TimeCause.LOST)
             self._waiting_for = TimeCause.RESTARTING
             self._incident = 0 if self._begun else self._incident
         self._spend(at, self._waiting_for, self._incident)

@@ -13,6 +13,7 @@ from configs.check_layout import check_layout
 from configs.errors import Problem, alternatives
 from configs.models import FAMILIES
 from configs.schema import JobConfig
+from configs.shrinking import check_shrinking
 from configs.timeouts import check_timeouts
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -30,7 +31,8 @@ def check_job(config: JobConfig) -> list[Problem]:
     if facts is None:
         what = f"{config.model.family} has no such flavour{alternatives(config.model.flavor, list(flavors))}"
         problems.append(Problem("model.flavor", config.model.flavor, what))
-    problems += check_layout(config, facts)
+    misfits = check_layout(config, facts)
+    problems += misfits or check_shrinking(config)
     problems += _check_validation(config) + check_evaluation(config) + _check_optimizer(config) + check_alerts(config)
     return problems + _check_checkpoint(config) + _check_numbers(config) + check_timeouts(config)
 

@@ -336,6 +336,10 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     that. interface: the network interface for control and collectives ("": the one that the host's name leads to).
     bad_node: what the owner of the machines is told to do with a node that is evicted because it is bad.
 
+    shrink: with no spare left, go on with the largest layout that fits on the nodes that are there, never with fewer
+    than min_nodes (0: half of nodes), and grow back when others come. Growing waits until the job has been
+    grow_after_minutes at its size, and until fewer than max_resizes_per_hour changes of size lie in the last hour.
+
     supervisor_lost_timeout_s: how long agents with nothing left to do wait for a supervisor to come back.
     lease_timeout_s: a node that the supervisor does not reach for so long, though it lives, stops by itself; so does
     one that cannot see the run directory either.
@@ -352,6 +356,10 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     nodes: Positive = 1
     ranks_per_node: Positive = 1
     spares: NonNegative = 0
+    shrink: bool = True
+    min_nodes: NonNegative = 0
+    grow_after_minutes: NonNegativeFloat = 10.0
+    max_resizes_per_hour: Positive = 4
     supervisor_lost_timeout_s: PositiveFloat = 600.0
     lease_timeout_s: PositiveFloat = 10.0
     leave_timeout_s: PositiveFloat = 60.0
@@ -383,12 +391,9 @@ class AlertsConfig(Section, frozen=True, kw_only=True):
     webhook_env: str = ""
     command: tuple[str, ...] = ()
     min_severity: Literal["notice", "workers", "node", "job"] = "workers"
-    events: tuple[Literal["verdict", "eviction", "snapshot", "evaluation", "begin", "end"], ...] = (
-        "verdict",
-        "eviction",
-        "evaluation",
-        "end",
-    )
+    events: tuple[Literal["verdict", "eviction", "snapshot", "evaluation", "size", "begin", "end"], ...] = (
+        "verdict", "eviction", "evaluation", "size", "end",
+    )  # fmt: skip
     max_per_hour: Positive = 12
     timeout_s: PositiveFloat = 10.0
     retries: NonNegative = 3

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from configs.shrinking import Layout
 from trainer.mappedslots import MappedSlots
 
 
@@ -52,7 +53,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     reads. All three: see `trainer.history`.
     peers: `host:port` of agents that may hold copies of this node's shards.
     wait_for_copies: whether anybody may ever take copies of this node's snapshots. node_dir: the node's folder on its
-    own disk, "" if it has none.
+    own disk, "" if it has none. layout: the mesh of this generation, None for the configuration's own.
     """
 
     run_dir: str
@@ -66,6 +67,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     peers: tuple[str, ...] = ()
     wait_for_copies: bool = False
     node_dir: str = ""
+    layout: Layout | None = None
 
 
 class StepTimes(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -90,7 +92,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     t_wall_s: when the step ended, the validation after it included, which step_s is without. batch: position of the
     batch that it read, 0 if that is not known. z_loss: what was minimised beside the loss. expert_*: see
-    `trainer.layers.Balance`, at the last look since the row before.
+    `trainer.layers.Balance`, at the last look since the row before. ranks: how many computed it, 0 in lines of before
+    that could change.
     """
 
     step: int
@@ -117,6 +120,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     z_loss: float | None = None
     expert_entropy: float | None = None
     expert_max_over_mean: float | None = None
+    ranks: int = 0
 
 
 class Oddity(enum.StrEnum):

@@ -267,6 +267,7 @@ def make_record(rank: Rank, stats: StepStats, step_s: float) -> StepRecord | Non
         z_loss=None if z_loss is None else _finite(z_loss),
         expert_entropy=None if experts is None else experts.entropy,
         expert_max_over_mean=None if experts is None else experts.max_over_mean,
+        ranks=config.world_size,
     )
 
 

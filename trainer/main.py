@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from configs.load import load_job
+from configs.shrinking import effective
 from configs.timeouts import derive
 from trainer.events import Fact, FactKind, Heart, HeartbeatFile, Oddity, Phase, WorkerError, WorkerStart, append_line
 from trainer.exits import ExitCode
@@ -102,7 +103,7 @@ def _run(context: RankContext, started_s: float) -> None:
     from trainer.build import build_rank
     from trainer.loop import train
 
-    config = load_job(config_path(context.run_dir))
+    config = effective(load_job(config_path(context.run_dir)), context.start.layout)
     timeouts = derive(config)
     witness = Witness(context.ram_dir, context.local_rank, context.rank)
     witness.open(config.health.flight_record_entries, os.environ)

@@ -56,6 +56,7 @@ preflight = false
 nodes = 2
 ranks_per_node = 2
 spares = 1
+shrink = false
 """
 
 MakeJob = Callable[..., Job]

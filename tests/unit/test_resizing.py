@@ -1,0 +1,311 @@
+"""A supervisor whose job changes its size: what only nodes hold is saved first, and nodes that return are used again.
+
+The supervisor is the real one; its two borders are played as in `test_takeover`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from cluster import events
+from cluster.fleet import AgentView
+from cluster.history import Drained, Evicted, HistoryFile, NodeId, Readmitted
+from cluster.jobstate import JobState
+from cluster.messages import AgentReport, HeldInfo, NumberedFact, Rescue, Wish
+from cluster.remembering import identify
+from cluster.rescuing import newest_whole, share_out
+from cluster.returning import Returning
+from cluster.state import apply
+from cluster.supervisor import Supervisor
+from configs.load import load_job
+from health.verdict import Certainty
+from tests.unit.test_takeover import Answer, Played, at, planned, take_over, turn_until
+from trainer.events import Fact, FactKind
+
+LOST = (
+    at(events.NodeEvicted, node="node2", reason="r"),
+    at(events.ActionTaken, incident=1, action="shrink", reason="r", node="node1", order=("node0",)),
+    at(events.NodeEvicted, node="node1", reason="r"),
+)
+
+
+def holding(report: AgentReport, shards: Sequence[HeldInfo], facts: Sequence[Fact] = ()) -> AgentReport:
+    assert report.readiness is not None
+    ready = msgspec.structs.replace(report.readiness, held=tuple(shards))
+    numbered = tuple(NumberedFact(number, fact) for number, fact in enumerate(facts, 1))
+    return msgspec.structs.replace(report, readiness=ready, facts=numbered)
+
+
+def shards(step: int, ranks: Sequence[int] = range(4), world_size: int = 4, generation: int = 1) -> list[HeldInfo]:
+    return [HeldInfo(rank, world_size, step, generation, "ram") for rank in ranks]
+
+
+def said(kind: FactKind, step: int) -> Fact:
+    return Fact(kind=kind, node="node0", rank=0, generation=1, step=step, t_wall_s=1.0, detail="said so")
+
+
+def view(*held: HeldInfo) -> AgentView:
+    report = holding(Played(lambda _: []).ready("node0", 1), held)
+    return AgentView(report, 0.0)
+
+
+# What only nodes hold ----------------------------------------------------------------------------------------------
+
+
+def test_the_newest_snapshot_of_any_layout_is_found_and_each_shard_written_once() -> None:
+    views = {
+        "a": view(*shards(9, (0, 1)), *shards(7), *shards(11, (0, 1))),
+        "b": view(*shards(9, (2, 3)), *shards(9, (0, 1)), *shards(8, (0, 1), 2, 2)),
+    }
+    whole = newest_whole(views)
+    assert whole is not None
+    assert (whole.generation, whole.step, whole.world_size) == (2, 8, 2), "a later generation is newer"
+    whole = newest_whole(views, {(2, 8)})
+    assert whole is not None
+    assert (whole.generation, whole.step, whole.world_size) == (1, 9, 4)
+    assert share_out(whole) == {"a": Rescue(1, 9, (0, 1)), "b": Rescue(1, 9, (2, 3))}
+    assert newest_whole({"a": view(*shards(9, (0, 1, 2)))}) is None
+
+
+def test_a_job_that_shrinks_first_saves_what_only_memory_holds(tmp_path: Path) -> None:
+    """Promise: the plan waits until the run directory has the old layout's newest snapshot, and all load from there."""
+    facts: list[Fact] = []
+    answer: Answer = lambda s: [holding(s.ready("node0", 2), shards(9), facts)]  # noqa: E731
+    supervisor = take_over(tmp_path, answer, ("node1", "node2"), LOST)
+    turn_until(supervisor, lambda: order_of(supervisor).rescue is not None)
+    assert order_of(supervisor).rescue == Rescue(1, 9, (0, 1, 2, 3))
+    assert supervisor.generations.plan is None
+    facts.append(said(FactKind.SNAPSHOT_COMMITTED, 9))
+    turn_until(supervisor, planned(supervisor, "node0"))
+    plan = supervisor.generations.plan
+    assert plan is not None
+    assert plan.layout is not None
+    assert (plan.ram_step, plan.layout.tp, plan.layout.dp_shard, plan.layout.nodes) == (-1, 2, 1, 1)
+    assert supervisor.state.layout == plan.layout
+    assert order_of(supervisor).rescue is None
+
+
+@pytest.mark.parametrize("how", ["a disk that refuses", "too long", "nothing newer"])
+def test_a_rescue_that_cannot_be_is_not_waited_for(how: str, tmp_path: Path) -> None:
+    """Promise: the job then goes on from what the run directory has."""
+    facts = [said(FactKind.SNAPSHOT_COMMITTED, 9)] if how == "nothing newer" else []
+    answer: Answer = lambda s: [holding(s.ready("node0", 2), shards(9), facts)]  # noqa: E731
+    supervisor = take_over(tmp_path, answer, ("node1", "node2"), LOST)
+    supervisor.rescuing.timeout_s = 0.2 if how == "too long" else 60.0
+    if how != "nothing newer":
+        turn_until(supervisor, lambda: order_of(supervisor).rescue is not None)
+    facts += [said(FactKind.SNAPSHOT_FAILED, 9)] if how == "a disk that refuses" else []
+    turn_until(supervisor, planned(supervisor, "node0"))
+    assert order_of(supervisor).rescue is None
+
+
+def order_of(supervisor: Supervisor, node: str = "node0") -> Any:
+    return supervisor.socket.orders.get(node, Nothing)  # type: ignore[attr-defined]
+
+
+class Nothing:
+    """No order yet."""
+
+    rescue = None
+
+
+# Growing -----------------------------------------------------------------------------------------------------------
+
+SMALL = (
+    *LOST,
+    at(
+        events.GenerationPlanned, generation=2, nodes=("node0",), ranks_per_node=2, store_host="127.0.0.1",
+        store_port=1, ram_step=-1, reason="r",
+    ),
+    at(events.NodeReadmitted, node="node2", reason="r"),
+    at(events.AgentStarted, node="node2", handle="again"),
+    at(events.NodeReady, node="node2", host="h", pid=2),
+)  # fmt: skip
+GROWING = (*SMALL, at(events.ActionTaken, incident=0, action="grow", reason="r", order=("node0", "node2")))
+
+
+def finished_or_ready(played: Played) -> list[AgentReport]:
+    """Workers have left node0; each node gets ready for what is wanted of it."""
+    target = played.target("node0", 2)
+    done = msgspec.structs.replace(played.finished("node0"), generation=2, finished_step=30)
+    return [done if target == 2 else played.ready("node0", target), played.ready("node2", target)]
+
+
+def test_a_growth_that_was_decided_is_carried_out_by_the_next_supervisor(tmp_path: Path) -> None:
+    """Promise: one that dies while all save leaves the growth to its successor, with everybody's state saved first."""
+    supervisor = take_over(tmp_path, finished_or_ready, ("node1",), GROWING)
+    assert supervisor.wish is Wish.SAVE_AND_LEAVE
+    turn_with_end(supervisor, planned(supervisor, "node0", "node2"))
+    assert supervisor.state.growing == ()
+    assert supervisor.generations.plan is not None
+    assert supervisor.generations.plan.layout is None
+
+
+def test_a_node_that_is_gone_by_then_is_not_grown_onto(tmp_path: Path) -> None:
+    supervisor = take_over(
+        tmp_path,
+        lambda s: finished_or_ready(s)[:1],
+        ("node1",),
+        (*GROWING, at(events.NodeEvicted, node="node2", reason="r")),
+    )
+    turn_with_end(supervisor, lambda: supervisor.state.generation == 3)
+    assert supervisor.state.order == ("node0",)
+    assert supervisor.exit_code is None
+
+
+def turn_with_end(supervisor: Supervisor, condition: Callable[[], bool]) -> None:
+    """As `turn_until`, and ends of generations are seen to."""
+    deadline_s = time.monotonic() + 5.0
+    while not condition():
+        assert time.monotonic() < deadline_s
+        assert supervisor.exit_code is None, supervisor.stop_reason
+        for report in supervisor.socket.receive(0.0):
+            supervisor.take(report)
+        supervisor.try_plan()
+        supervisor.try_finish(time.monotonic())
+
+
+# Coming back -------------------------------------------------------------------------------------------------------
+
+
+class Machines:
+    """A scheduler that starts agents, or does not."""
+
+    def __init__(self) -> None:
+        self.there: tuple[str, ...] = ()
+        self.started: list[str] = []
+        self.broken = False
+
+    def start(self, node: str) -> str:
+        if self.broken:
+            raise OSError("no such node")
+        self.started.append(node)
+        return f"handle of {node}"
+
+    def appeared(self) -> Sequence[str]:
+        return self.there
+
+
+class Fleet:
+    """What `Returning` needs of the supervisor: two nodes and a spare, of which node1 was lost and node2 proven bad."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config = load_job("demo", ["--cluster.burn_in_hours", "0"])
+        self.handles = {node: node for node in ("node0", "node1", "node2")}
+        self.scheduler = Machines()
+        self.told: list[events.AnyEvent] = []
+        self.noticing: Any = type("Noticing", (), {"expected_since": {}, "expect": lambda *_: None})()
+        self.history = HistoryFile(folder / "nodes.jsonl")
+        self.state = JobState()
+        for node in self.handles:
+            self.hear(at(events.NodeReady, node=node, host="h", pid=7))
+        for incident, (node, cause) in enumerate((("node1", "node_lost"), ("node2", "gpu_fault")), 1):
+            what: Mapping[str, Any] = {"node": node, "rank": -1, "cause": cause, "severity": "node", "step": 1,
+                                       "fingerprint": "f", "evidence": []}  # fmt: skip
+            verdict = msgspec.convert(what, events.Verdict)
+            self.hear(at(events.VerdictGiven, generation=1, verdict=verdict, t_failed_wall_s=1.0, incident=incident))
+            self.hear(at(events.ActionTaken, incident=incident, action="evict", reason="r", node=node))
+            self.hear(at(events.NodeEvicted, node=node, reason="r"))
+
+    @property
+    def evicted(self) -> frozenset[str]:
+        return frozenset(self.state.evicted)
+
+    def hear(self, event: events.AnyEvent) -> None:
+        self.told.append(event)
+        self.state = apply(self.state, event)
+
+    def emit(self, kind: Callable[..., Any], **fields: object) -> Any:
+        self.hear(at(kind, **fields))
+
+    def looked(self, returning: Returning) -> list[str]:
+        """Nodes that were started by one look."""
+        before = len(self.scheduler.started)
+        returning._look_at_s = 0.0
+        deadline_s = time.monotonic() + 5.0
+        returning.look(time.monotonic())
+        while returning._asked is not None:
+            assert time.monotonic() < deadline_s
+            returning._look_at_s = float("inf")
+            returning.look(time.monotonic())
+        return self.scheduler.started[before:]
+
+
+def person(kind: type, node: str, t_wall_s: float) -> Any:
+    return kind(t_wall_s=t_wall_s, node=identify(node), reason="mended", who="a person")
+
+
+def test_a_node_that_a_person_readmits_is_started_again_once(tmp_path: Path) -> None:
+    """Promise: only what a person said after the eviction counts, and the agent of before is nobody's any more."""
+    fleet = Fleet(tmp_path)
+    returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
+    assert fleet.looked(returning) == []
+    fleet.history.append([person(Readmitted, "node1", 0.5)])
+    assert fleet.looked(returning) == []
+    fleet.history.append([person(Readmitted, "node1", 2.0), person(Readmitted, "node2", 2.0)])
+    assert fleet.looked(returning) == ["node1", "node2"]
+    assert fleet.looked(returning) == []
+    assert fleet.evicted == frozenset()
+    assert fleet.handles["node1"] == "handle of node1"
+    assert [type(event).__name__ for event in fleet.told[-4:]] == ["NodeReadmitted", "AgentStarted"] * 2
+    assert returning.is_former("node1", 7)
+    assert not returning.is_former("node1", 8)
+    assert not returning.is_former("node0", 7)
+    returning.close()
+
+
+def test_a_node_that_its_owner_has_again_is_started_if_nothing_is_held_against_it(tmp_path: Path) -> None:
+    """Promise: what was evicted as bad waits for a person; a new node fills the place of one that is gone."""
+    fleet = Fleet(tmp_path)
+    returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
+    fleet.scheduler.there = ("node0", "node1", "node2", "node7", "node8")
+    assert fleet.looked(returning) == ["node1", "node7"], "no more than nodes and spares"
+    returning.close()
+
+
+def test_a_node_that_the_history_leaves_out_or_that_does_not_start_is_not_used(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path)
+    returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
+    fleet.history.append([person(Drained, "node7", 2.0)])
+    fleet.scheduler.there = ("node7",)
+    assert fleet.looked(returning) == []
+    fleet.scheduler.there, fleet.scheduler.broken = ("node8",), True
+    assert fleet.looked(returning) == []
+    assert "node8" not in fleet.handles
+    fleet.scheduler.broken = False
+    assert fleet.looked(returning) == [], "it is not asked for again at once"
+    returning.close()
+
+
+def test_probation_ends_while_the_job_runs(tmp_path: Path) -> None:
+    """Promise: a spare that has served its time may hold ranks again without a new run."""
+    fleet = Fleet(tmp_path)
+    evicted = Evicted(
+        t_wall_s=time.time(), run="r", node=NodeId(identify("node0").host, "node0"), incident=1,
+        certainty=Certainty.LIKELY, gone=True, reason="r",
+    )  # fmt: skip
+    fleet.history.append([evicted])
+    fleet.hear(at(
+        events.NodeRemembered, node="node0", place=events.Place.SPARE, reason="r", failures=1.0, node_days=0.0,
+        failures_per_day=1.0,
+    ))  # fmt: skip
+    assert fleet.state.doubtful == {"node0"}
+    returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
+    fleet.looked(returning)
+    assert fleet.state.doubtful == frozenset(), "cluster.burn_in_hours = 0"
+    returning.close()
+
+
+def test_who_was_started_while_the_run_ended_is_ended_too(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path)
+    returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
+    fleet.scheduler.there = ("node7",)
+    returning.look(time.monotonic())
+    returning.close()
+    assert fleet.handles["node7"] == "handle of node7"
