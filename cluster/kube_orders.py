@@ -8,7 +8,6 @@ appended to. A pod's name has a random end, so that what stands there for one is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -16,7 +15,7 @@ import msgspec
 
 from cluster.rundir import GARBLED, safe_name, write_atomically
 
-Action = Literal["start", "stop", "leave"]
+Action = Literal["start", "stop"]
 
 _POD_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 _LONGEST_POD_NAME = 253
@@ -32,14 +31,13 @@ class PodOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What a pod shall do.
 
     serial grows with each order to a pod; an order counts once. `start`: run this agent; one that ran is ended first.
-    `stop`: end it and all its workers now (SIGKILL), and give back what they held; the pod stays. `leave`: the same,
-    and the pod ends with exit_code, which the Job's failure policy reads. domain: the agent's failure domain, or "".
+    `stop`: end it and all its workers now (SIGKILL), and give back what they held; the pod stays. domain: the agent's
+    failure domain, or "".
     """
 
     agent_name: str
     serial: _Count
     action: Action
-    exit_code: _Code = 0
     domain: str = ""
 
     def __post_init__(self) -> None:
@@ -64,6 +62,17 @@ class PodState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     node_name: str = ""
     leaving: bool = False
     t_wall_s: float = 0.0
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The run is over, and what was submitted for it ends: pods read this and leave with its exit code.
+
+    submission: made from the job's key, which is new with each submission (`cluster.kube_key`): what an earlier one
+    left behind ends nobody.
+    """
+
+    submission: str
+    exit_code: _Code
 
 
 def checked_pod(name: str) -> str:
@@ -95,7 +104,7 @@ def state_path(run_dir: Path, pod: str) -> Path:
 def write_order(run_dir: Path, pod: str, order: PodOrder) -> None:
     """Tell a pod what to do. OSError if the run directory cannot be written."""
     path = order_path(run_dir, pod)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, msgspec.json.encode(order))
 
 
@@ -112,7 +121,7 @@ def read_order(run_dir: Path, pod: str) -> PodOrder | None:
 def write_state(run_dir: Path, pod: str, state: PodState) -> None:
     """Say how this pod stands. OSError if the run directory cannot be written."""
     path = state_path(run_dir, pod)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, msgspec.json.encode(state))
 
 
@@ -126,12 +135,26 @@ def read_state(run_dir: Path, pod: str) -> PodState | None:
     return _read(state_path(run_dir, pod), PodState)
 
 
-def pods_that_spoke(run_dir: Path) -> Iterator[str]:
-    """Names of all pods that ever said how they stand, those of earlier submissions too."""
-    for path in sorted(pods_folder(run_dir).glob(f"*{_STATE}")):
-        name = path.name.removesuffix(_STATE)
-        if _POD_NAME.fullmatch(name):
-            yield name
+def write_ended(run_dir: Path, ended: Ended) -> None:
+    """Tell all pods of a submission to leave. OSError if the run directory cannot be written."""
+    path = _ended_path(run_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, msgspec.json.encode(ended))
+
+
+def read_ended(run_dir: Path, submission: str) -> Ended | None:
+    """How this submission ended; None while it goes on.
+
+    Raises:
+        ValueError: if the file is damaged.
+        OSError: if the run directory cannot be read.
+    """
+    found = _read(_ended_path(run_dir), Ended)
+    return found if found is not None and found.submission == submission else None
+
+
+def _ended_path(run_dir: Path) -> Path:
+    return pods_folder(run_dir) / "_ended.json"  # no pod's name begins so
 
 
 def _read(path: Path, kind: type[_T]) -> _T | None:
