@@ -15,8 +15,6 @@ from configs.schema import JobConfig
 ClusterKind = Literal["local", "slurm", "kubernetes"]
 JobState = Literal["pending", "running", "done", "failed", "cancelled", "unknown"]
 
-NOT_YET = "Kubernetes cannot be submitted to yet; use --cluster slurm or local"
-
 _FILE = "submission.json"
 
 
@@ -92,7 +90,9 @@ def open_backend(kind: ClusterKind, profile: ClusterProfile) -> Backend:
 
             return SlurmBackend(profile)
         case "kubernetes":
-            raise ValueError(NOT_YET)
+            from cluster.kube_backend import KubeBackend
+
+            return KubeBackend(profile)
         case "local":
             from cluster.local_backend import LocalBackend
 

@@ -24,7 +24,7 @@ _SUPERVISOR_LONGER_S = 15
 
 @dataclass(frozen=True)
 class KubePlan:
-    """A job's place in a cluster. name is that of its objects; config is the job's as pods see it, with their run.dir."""
+    """A job's place in a cluster. name: of its objects; config: the job's as pods see it, with their run.dir."""
 
     name: str
     config: JobConfig
