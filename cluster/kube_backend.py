@@ -16,16 +16,16 @@ from cluster.kube_calls import (
     KubeApi,
     KubeClient,
     KubeError,
-    path_of,
-    path_to,
 )
 from cluster.kube_key import new_key_files, secret
 from cluster.kube_manifests import manifests, render
 from cluster.kube_marks import is_cordoned, mark, unmark
 from cluster.kube_names import LABEL_RUN, KubeKind
+from cluster.kube_paths import all_paths, path_of, path_to, workload_path
 from cluster.kube_plan import KubePlan
 from cluster.kube_pods import Manifest
 from cluster.kube_views import is_over, job_status, node_status
+from cluster.rundir import safe_name
 from configs.profile import ClusterProfile
 
 _GONE_TIMEOUT_S = 60.0
@@ -83,7 +83,7 @@ class KubeBackend:
     def cancel(self, job_id: str) -> None:
         """Delete the workload and what was made for it: its pods save and leave in their grace time."""
         kind, name = _split(job_id)
-        for path in _paths(kind, self._namespace, name):
+        for path in all_paths(kind, self._namespace, name):
             self._delete(path, name)
 
     def drain(self, node: str, reason: str) -> None:
@@ -122,7 +122,7 @@ class KubeBackend:
                     f"`everstep cancel {plan.config.run.name}` first, or choose another run.name",
                     CONFLICT,
                 )
-            for each in _paths(kind, plan.namespace, plan.name):
+            for each in all_paths(kind, plan.namespace, plan.name):
                 self._delete(each, plan.name)
             self._await_gone(path)
 
@@ -189,7 +189,7 @@ class KubeBackend:
 
     def _patch_node(self, node: str, patch: Callable[[Manifest], Manifest | None]) -> Manifest:
         """Patch a node as it stands, again if it changed meanwhile; returns it as it stands then."""
-        path = path_to("v1", "Node", "", node)
+        path = path_to("v1", "Node", "", safe_name(node, "node"))
         for attempt in range(_PATCH_TRIES):
             found = self._find(path)
             if found is None:
@@ -205,46 +205,11 @@ class KubeBackend:
         raise AssertionError("the last try returns or raises")
 
 
-def workload_path(kind: KubeKind, namespace: str, name: str) -> str:
-    """The path of what stands for the whole job."""
-    match kind:
-        case "jobset":
-            return path_to("jobset.x-k8s.io/v1alpha2", "JobSet", namespace, name)
-        case "job":
-            return path_to("batch/v1", "Job", namespace, f"{name}-supervisor")
-        case "trainjob":
-            return path_to("trainer.kubeflow.org/v1alpha1", "TrainJob", namespace, name)
-
-
-def _paths(kind: KubeKind, namespace: str, name: str) -> Sequence[str]:
-    """All that may have been made for a workload, itself first."""
-    rbac = "rbac.authorization.k8s.io/v1"
-    shared = f"everstep-{namespace}-{name}"
-    more = {
-        "jobset": (),
-        "job": (path_to("batch/v1", "Job", namespace, f"{name}-agents"), path_to("v1", "Service", namespace, name)),
-        "trainjob": (path_to("trainer.kubeflow.org/v1alpha1", "TrainingRuntime", namespace, name),),
-    }
-    return (
-        workload_path(kind, namespace, name),
-        *more[kind],
-        path_to("v1", "Secret", namespace, f"{name}-key"),
-        path_to("v1", "ConfigMap", namespace, f"{name}-job"),
-        path_to("policy/v1", "PodDisruptionBudget", namespace, name),
-        path_to("networking.k8s.io/v1", "NetworkPolicy", namespace, name),
-        path_to(rbac, "RoleBinding", namespace, name),
-        path_to(rbac, "Role", namespace, name),
-        path_to(rbac, "ClusterRoleBinding", "", shared),
-        path_to(rbac, "ClusterRole", "", shared),
-        path_to("v1", "ServiceAccount", namespace, name),
-    )
-
-
 def _split(job_id: str) -> tuple[KubeKind, str]:
     kind, _, name = job_id.partition("/")
     if kind not in get_args(KubeKind) or not name:
         raise ValueError(f"{job_id!r} is no job on Kubernetes; submission.json of the run is damaged")
-    return kind, name  # type: ignore[return-value]
+    return kind, safe_name(name, "job")  # type: ignore[return-value]
 
 
 def _is_run(found: Manifest, name: str) -> bool:

@@ -4,35 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote, urlencode
-
-from cluster.kube_pods import Manifest
 
 MERGE_PATCH = "application/merge-patch+json"
 NOT_FOUND, CONFLICT, FORBIDDEN = 404, 409, 403
 
 _CONNECT_S, _READ_S = 5.0, 30.0
-_PLURALS = {
-    "ClusterRole": "clusterroles",
-    "ClusterRoleBinding": "clusterrolebindings",
-    "ConfigMap": "configmaps",
-    "Job": "jobs",
-    "JobSet": "jobsets",
-    "NetworkPolicy": "networkpolicies",
-    "Node": "nodes",
-    "Pod": "pods",
-    "PodDisruptionBudget": "poddisruptionbudgets",
-    "Role": "roles",
-    "RoleBinding": "rolebindings",
-    "Secret": "secrets",
-    "Service": "services",
-    "ServiceAccount": "serviceaccounts",
-    "TrainJob": "trainjobs",
-    "TrainingRuntime": "trainingruntimes",
-}
 
 
 class KubeError(OSError):
@@ -50,21 +28,6 @@ class KubeApi(Protocol):
         self, method: str, path: str, body: object = None, content_type: str = "application/json"
     ) -> dict[str, Any]:
         """One request; returns the object of its answer. KubeError with the server's words."""
-
-
-def path_to(api_version: str, kind: str, namespace: str, name: str = "", query: Mapping[str, str] | None = None) -> str:
-    """The path of an object, or without a name that of all of its kind. namespace "": of the whole cluster."""
-    root = "/api/v1" if api_version == "v1" else f"/apis/{api_version}"
-    there = f"/namespaces/{quote(namespace, safe='')}" if namespace else ""
-    one = f"/{quote(name, safe='')}" if name else ""
-    return f"{root}{there}/{_PLURALS[kind]}{one}" + (f"?{urlencode(query)}" if query else "")
-
-
-def path_of(manifest: Manifest, collection: bool = False) -> str:
-    """The path of this object, or the one it is created at."""
-    metadata = manifest["metadata"]
-    name = "" if collection else metadata["name"]
-    return path_to(manifest["apiVersion"], manifest["kind"], metadata.get("namespace", ""), name)
 
 
 class KubeClient:

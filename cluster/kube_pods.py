@@ -7,7 +7,6 @@ from typing import Any
 
 from cluster.kube_names import (
     DOMAIN_LABEL,
-    JOB_UID,
     KIND,
     LABEL_ROLE,
     LABEL_RUN,
@@ -105,7 +104,7 @@ def _own_variables(plan: KubePlan, role: Role) -> Sequence[Manifest]:
     fields = {POD_NAME: "metadata.name", POD_UID: "metadata.uid", NODE_NAME: "spec.nodeName"}
     values = {"HOME": "/tmp", "PYTHONUNBUFFERED": "1"}
     if role == "supervisor":
-        fields |= {NAMESPACE: "metadata.namespace", JOB_UID: "metadata.labels['batch.kubernetes.io/controller-uid']"}
+        fields |= {NAMESPACE: "metadata.namespace"}
         values |= {WORKLOAD: plan.name, KIND: plan.kind, DOMAIN_LABEL: plan.kubernetes.domain_label}
     return [
         *({"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()),
