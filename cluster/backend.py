@@ -15,8 +15,6 @@ from configs.schema import JobConfig
 ClusterKind = Literal["local", "slurm", "kubernetes"]
 JobState = Literal["pending", "running", "done", "failed", "cancelled", "unknown"]
 
-NOT_YET = "Kubernetes cannot be submitted to yet; use --cluster slurm or local"
-
 _FILE = "submission.json"
 
 
@@ -32,7 +30,10 @@ class JobRequest(msgspec.Struct, frozen=True):
 
 
 class Submission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was submitted for a run, and where: kept in the run's folder. job_id is the cluster's own name for it."""
+    """What was submitted for a run, and where: kept in the run's folder. job_id is the cluster's own name for it.
+
+    runs: where its nodes keep runs, if that is not where this file is.
+    """
 
     run: str
     cluster: ClusterKind
@@ -40,6 +41,7 @@ class Submission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     t_wall_s: float
     namespace: str = ""
     context: str = ""
+    runs: str = ""
 
 
 class JobStatus(msgspec.Struct, frozen=True):
@@ -92,7 +94,9 @@ def open_backend(kind: ClusterKind, profile: ClusterProfile) -> Backend:
 
             return SlurmBackend(profile)
         case "kubernetes":
-            raise ValueError(NOT_YET)
+            from cluster.kube_backend import KubeBackend
+
+            return KubeBackend(profile)
         case "local":
             from cluster.local_backend import LocalBackend
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from pathlib import Path
 
@@ -33,9 +34,14 @@ def make_or_read_keys(path: Path) -> JobKeys:
     if path.exists():
         return read_keys(path)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    keys = JobKeys(server=_new_pair(), client=_new_pair())
+    keys = new_keys()
     write_atomically(path, msgspec.json.encode(keys), mode=0o600)
     return keys
+
+
+def new_keys() -> JobKeys:
+    """Keys that nobody else has."""
+    return JobKeys(server=_new_pair(), client=_new_pair())
 
 
 def make_transfer_key(path: Path) -> None:
@@ -51,12 +57,22 @@ def read_keys(path: Path) -> JobKeys:
     Raises:
         ValueError: if the file is damaged or others may read it.
     """
-    if path.stat().st_mode & 0o077:
+    status = path.stat()
+    if others_may_read(status.st_mode, status.st_uid, os.geteuid()):
         raise ValueError(f"{path} holds the job's keys and others may read it; run: chmod 600 {path}")
     try:
         return msgspec.json.decode(path.read_bytes(), type=JobKeys)
     except GARBLED as error:
         raise ValueError(f"{path} is damaged ({error}); remove it while no job runs, and new keys are made") from None
+
+
+def others_may_read(mode: int, owner: int, me: int) -> bool:
+    """Whether a file is open to others than its owner and us. owner, me: ids of users.
+
+    A Secret that is mounted in a pod is root's, and readable by the group of the pod's volumes alone: that is us.
+    """
+    mounted = owner == 0 and me != 0 and mode & 0o077 == 0o040
+    return bool(mode & 0o077) and not mounted
 
 
 def _new_pair() -> KeyPair:

@@ -61,6 +61,11 @@ class LocalScheduler:
         process = self._find(handle)
         return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
+    def ended(self, handle: str) -> int | None:
+        """How an agent that this process started has ended, as `subprocess` says it; None while it runs."""
+        child = self._children.get(int(handle.split(":")[0]))
+        return child.poll() if child is not None else None
+
     def kill(self, node: str, handle: str) -> None:
         """SIGKILL the whole session, wait until it is gone, and free the node's shared memory."""
         session = int(handle.split(":")[0])

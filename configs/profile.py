@@ -12,14 +12,14 @@ import msgspec
 
 from configs.decode import decode_as
 from configs.errors import ConfigError, Problem
-from configs.schema import NonNegative, Positive, Section
+from configs.profile_kubernetes import KubernetesProfile, check_kubernetes
+from configs.schema import Positive, Section
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LINE = re.compile(r"[^\x00-\x1f\x7f\x85\u2028\u2029]*")
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 _TIME_LIMIT = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}|\d+")
 _OPTION = re.compile(r"--[a-z][a-z0-9-]*(=.*)?")
-_TOLERATION = re.compile(r"[A-Za-z0-9./_-]+(=[A-Za-z0-9._-]*)?(:(NoSchedule|PreferNoSchedule|NoExecute))?")
 _OWN_OPTIONS = (
     "nodes",
     "ntasks-per-node",
@@ -58,40 +58,6 @@ class SlurmProfile(Section, frozen=True, kw_only=True):
     grace_s: Positive = 120
     bad_node: Literal["drain", "down", "none"] = "drain"
     chain: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
-
-
-class Mount(Section, frozen=True, kw_only=True):
-    """`[[kubernetes.mounts]]`: a PersistentVolumeClaim, and where every pod sees it."""
-
-    claim: str
-    path: str
-
-
-class KubernetesProfile(Section, frozen=True, kw_only=True):
-    """`[kubernetes]`: what this site's pods want.
-
-    queue is a Kueue LocalQueue. topology_key: a node label; a job gets domains of it for itself. tolerations are
-    `key=value:Effect`. context is one of the kubeconfig's ("": the current one).
-    """
-
-    namespace: str = "default"
-    image: str = ""
-    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    service_account: str = "everstep"
-    kind: Literal["jobset", "job", "trainjob"] = "jobset"
-    queue: str = ""
-    priority_class: str = ""
-    gpu_resource: str = "nvidia.com/gpu"
-    gpus_per_node: NonNegative = 0
-    cpu: str = ""
-    memory: str = ""
-    mounts: tuple[Mount, ...] = ()
-    topology_key: str = ""
-    node_selector: dict[str, str] = msgspec.field(default_factory=dict)
-    tolerations: tuple[str, ...] = ()
-    grace_s: Positive = 120
-    bad_node: Literal["taint", "cordon", "none"] = "taint"
-    context: str = ""
 
 
 class ClusterProfile(Section, frozen=True, kw_only=True):
@@ -140,13 +106,7 @@ def _check(profile: ClusterProfile) -> Iterator[Problem]:
         for name, value in values.items():
             yield from _check_variable(f"{section}.{name}", name, value)
     yield from _check_slurm(profile.slurm)
-    for index, mount in enumerate(profile.kubernetes.mounts):
-        if not mount.path.startswith("/") or ".." in mount.path.split("/"):
-            key = f"kubernetes.mounts[{index}].path"
-            yield Problem(key, mount.path, "must be an absolute path without '..'; say where pods see it")
-    for toleration in profile.kubernetes.tolerations:
-        if not _TOLERATION.fullmatch(toleration):
-            yield Problem("kubernetes.tolerations", toleration, 'write each as "key=value:NoSchedule"')
+    yield from check_kubernetes(profile.kubernetes)
     yield from _one_line("", profile)
 
 

@@ -1,0 +1,203 @@
+"""The entry of the supervisor's pod: `python -m cluster.kube_run JOB_FILE KEY_FOLDER`.
+
+It keeps `everstep run` going: waits until the last supervisor's hold on the run has ended, starts one that failed by
+itself again, and goes on after a requeue. When the run is over, it says so to all pods of this submission.
+
+SIGTERM has two meanings. If all of the job is being deleted or suspended, the run saves and leaves. If only this pod
+goes, with its node, training has no reason to stop: the supervisor ends at once, and the next pod's takes over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from cluster.kube_calls import KubeApi, KubeClient, KubeError
+from cluster.kube_echo import copied
+from cluster.kube_key import link_keys, submission_of
+from cluster.kube_names import Inside, inside
+from cluster.kube_orders import Ended, read_ended, write_ended
+from cluster.kube_paths import workload_path
+from cluster.kube_workloads import FOR_GOOD
+from cluster.rundir import RunDir
+from configs.load import load_job
+from trainer.exits import ExitCode
+
+_TICK_S = 0.1
+_LOCK_POLL_S = 1.0
+_SAY_EVERY_S = 60.0
+_REQUEUE_S = 30.0
+_ATTEMPTS = 5
+_STEADY_S = 3600.0
+"""A supervisor that lived so long does not count as one that cannot start."""
+
+logger = logging.getLogger("everstep.pod")
+
+
+class SupervisorEntry:
+    """Keeps one run's supervisor going. all_ends: whether the whole job is going, asked once, on SIGTERM."""
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        command: Sequence[str],
+        submission: str,
+        all_ends: Callable[[], bool],
+        to: IO[bytes],
+        requeue_s: float = _REQUEUE_S,
+    ) -> None:
+        self.run_dir = run_dir
+        self.command = command
+        self.submission = submission
+        self.all_ends = all_ends
+        self.to = to
+        self.requeue_s = requeue_s
+        # Set by a signal's handler, which may interrupt anything: no lock is in it.
+        self._told = False
+        self._error_log = run_dir.path / "supervisor-error.log"
+
+    def terminate(self) -> None:
+        """This pod is being taken away."""
+        self._told = True
+
+    def run(self) -> int:
+        """Until the run is over, or this pod must end; returns its exit code."""
+        if (ended := read_ended(self.run_dir.path, self.submission)) is not None:
+            logger.info("this submission has ended with %d; a new one needs a new key", ended.exit_code)
+            return ended.exit_code
+        failures = 0
+        while self._await_lock():
+            began_s = time.monotonic()
+            code = self._run_once()
+            if self._told:
+                break
+            if code == ExitCode.REQUEUE:
+                logger.info("requeue: the run goes on from its newest snapshot in %.0f s", self.requeue_s)
+                self._pause(self.requeue_s)
+                continue
+            if not self._failed_by_itself(code):
+                return self._over(code)
+            failures = 1 if time.monotonic() - began_s > _STEADY_S else failures + 1
+            logger.warning("the supervisor ended with %d (%d in a row); training goes on without it", code, failures)
+            if failures == _ATTEMPTS:
+                return self._over(ExitCode.DO_NOT_RESTART)
+        return ExitCode.REQUEUE
+
+    def _await_lock(self) -> bool:
+        """Wait until no supervisor has the run; False if this pod must end before. A file server may need minutes to
+        see that a host is gone."""
+        say_s = time.monotonic()
+        while not self._told:
+            if self._lock_is_free():
+                return True
+            if time.monotonic() >= say_s:
+                say_s = time.monotonic() + _SAY_EVERY_S
+                logger.info("another supervisor holds the run still; waiting")
+            self._pause(_LOCK_POLL_S)
+        return False
+
+    def _lock_is_free(self) -> bool:
+        fd = os.open(self.run_dir.path / "supervisor.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def _run_once(self) -> int:
+        """Run the supervisor until it ends; returns its exit code as a shell says it."""
+        with contextlib.suppress(FileNotFoundError):
+            self._error_log.replace(self._error_log.with_suffix(".old.log"))
+        child = subprocess.Popen(
+            self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert child.stdout is not None
+        with child.stdout as source, copied(source, self.to, self.run_dir.path / "supervisor.log"):
+            while child.poll() is None and not self._told:
+                time.sleep(_TICK_S)
+            if child.poll() is None:
+                self._pass_on(child)
+            code = child.wait()
+        return 128 - code if code < 0 else code
+
+    def _pause(self, seconds: float) -> None:
+        until_s = time.monotonic() + seconds
+        while not self._told and time.monotonic() < until_s:
+            time.sleep(_TICK_S)
+
+    def _pass_on(self, child: subprocess.Popen[bytes]) -> None:
+        if self.all_ends():
+            logger.info("the whole job is going: the run saves and leaves")
+            child.send_signal(signal.SIGTERM)
+        else:
+            logger.info("only this pod is going: training goes on, and the next supervisor takes over")
+            child.kill()
+
+    def _failed_by_itself(self, code: int) -> bool:
+        return code > 128 or (code == ExitCode.FAILED and self._error_log.exists())
+
+    def _over(self, code: int) -> int:
+        """The run has ended: every pod leaves with a code of which the failure policies know what it means."""
+        said = code if code == ExitCode.DONE or code in FOR_GOOD else int(ExitCode.DO_NOT_RESTART)
+        logger.info("the run is over: `everstep run` ended with %d, the job does with %d", code, said)
+        write_ended(self.run_dir.path, Ended(submission=self.submission, exit_code=said))
+        return said
+
+
+def whole_job_ends(here: Inside, api: KubeApi) -> bool:
+    """Whether the workload is being deleted, is gone, or is suspended. If nobody can say, yes: saving loses nothing."""
+    try:
+        workload = api.call("GET", workload_path(here.kind, here.namespace, here.name))
+    except KubeError as error:
+        logger.warning("whether the whole job is going is not known (%s): the run saves and leaves", error)
+        return True
+    return bool(workload["metadata"].get("deletionTimestamp")) or bool(workload.get("spec", {}).get("suspend"))
+
+
+def _asked_of_the_server(environ: Mapping[str, str]) -> Callable[[], bool]:
+    here = inside(environ)
+
+    def ask() -> bool:
+        try:
+            return whole_job_ends(here, KubeClient())
+        except ValueError as error:
+            logger.warning("whether the whole job is going cannot be asked (%s): the run saves and leaves", error)
+            return True
+
+    return ask
+
+
+def main() -> int:
+    """Entry point."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    job, key = Path(sys.argv[1]), Path(sys.argv[2])
+    try:
+        run_dir = RunDir.of(load_job(job))
+        run_dir.create()
+        submission = submission_of(key)
+        all_ends = _asked_of_the_server(os.environ)
+        link_keys(run_dir, key)
+    except (ValueError, OSError) as error:
+        for line in str(error).splitlines():
+            logger.error("%s", line)
+        return ExitCode.BAD_INPUT if isinstance(error, ValueError) else ExitCode.FAILED
+    command = [sys.executable, "-m", "cluster.cli", "run", str(job)]
+    entry = SupervisorEntry(run_dir, command, submission, all_ends, sys.stdout.buffer)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: entry.terminate())
+    return entry.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
