@@ -112,9 +112,14 @@ def home(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:  # noq
 @pytest.fixture(scope="session")
 def undisturbed(home: Path) -> dict[str, str]:
     """The weights of the same training without SLURM and without a fault."""
-    job = Job(home, "undisturbed", "job.toml", (*_SMALL, *_ONE_NODE)).start()
+    return unscheduled(home, "undisturbed").weights(STEPS)
+
+
+def unscheduled(home: Path, name: str, *more: str) -> Job:
+    """The same training without SLURM, to its end."""
+    job = Job(home, name, "job.toml", (*_SMALL, *_ONE_NODE, *more)).start()
     assert job.finish() == 0, job.said()
-    return job.weights(STEPS)
+    return job
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -110,7 +110,7 @@ class Lab:
         inside = ["unshare", "--uts", "--mount", "sh", "-c", script, host, str(self.home / "hosts"), *arguments]
         return ["nsenter", f"--net=/run/netns/{self._tag}-{host}", *inside]
 
-    def run(self, *arguments: str, node: str = "", cwd: Path | None = None) -> str:
+    def run(self, *arguments: str, node: str = "", cwd: Path | None = None, may_end_with: Sequence[int] = (0,)) -> str:
         """Run a command to its end; returns what it printed."""
         done = subprocess.run(
             self.command(*arguments, node=node),
@@ -120,7 +120,8 @@ class Lab:
             text=True,
             timeout=60,
         )
-        assert done.returncode == 0, f"{' '.join(arguments)} ended with {done.returncode}: {done.stderr}{done.stdout}"
+        words = f"{' '.join(arguments)} ended with {done.returncode}: {done.stderr}{done.stdout}"
+        assert done.returncode in may_end_with, words
         return done.stdout
 
     def states(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import msgspec
 import psutil
@@ -12,10 +13,12 @@ import pytest
 from cluster.events import RunStarted
 from cluster.keys import JobKeys
 from cluster.rundir import RunDir
-from tests.slurm.conftest import QUOTED, STEPS, MakeSlurmJob, SlurmJob
+from tests.slurm.conftest import QUOTED, STEPS, MakeSlurmJob, SlurmJob, unscheduled
 from tests.slurm.lab import Lab
 
 pytestmark = pytest.mark.slurm
+
+LONGER = 60
 
 
 def test_a_node_that_loses_power_is_replaced(
@@ -117,24 +120,26 @@ def test_the_batch_host_dies(make_job: MakeSlurmJob, lab: Lab, undisturbed: dict
 
 
 @pytest.mark.long
-def test_a_chain_of_jobs_goes_on_until_the_run_is_done(
-    make_job: MakeSlurmJob, lab: Lab, undisturbed: dict[str, str]
-) -> None:
+def test_a_chain_of_jobs_goes_on_until_the_run_is_done(make_job: MakeSlurmJob, lab: Lab, home: Path) -> None:
     """Promise: what one job has no time for, the next one finishes, and the rest of the chain goes."""
-    job = make_job("chain", 1, profile='time_limit = "10"\nchain = 3').submit()
+    # So long that the first job is still at it when it is told that its time is up.
+    longer = ("--training.steps", str(LONGER))
+    undisturbed = unscheduled(home, "undisturbed-longer", *longer).weights(LONGER)
+    job = make_job("chain", 1, *longer, profile='time_limit = "10"\nchain = 3').submit()
     job.wait_for_step(5)
     first = f"{job.job_id}_1"
     minutes = int(lab.job(first)["RunTime"].split(":")[1])
     lab.run("scontrol", "update", f"jobid={first}", f"TimeLimit={minutes + 2}")
-    # What SLURM sends by itself when the time is nearly up; it looks only twice a minute.
-    lab.run("scancel", "--signal=TERM", "--batch", first)
+    # What SLURM sends by itself when the time is nearly up; it looks only twice a minute. This scancel of 22.05 says
+    # that the job is over already (229), though it runs and gets the signal: what follows shows that it did.
+    lab.run("scancel", "--signal=TERM", "--batch", first, may_end_with=(0, 229))
     job.wait_until(lambda: began(job) == 2, "the second job")
     job.wait_until(lambda: "everstep: done" in job.said(), "the end")
     job.wait_until(lambda: not lab.run("squeue", "-h", "-j", job.job_id), "the end of the chain")
     rows = lab.run("squeue", "-h", "-t", "all", "-j", job.job_id, "-o", "%K %T").split("\n")
     assert sorted(filter(None, rows)) == ["1 FAILED", "2 COMPLETED", "3 CANCELLED"]
     assert lab.job(first)["Restarts"] == "0"
-    assert job.weights(STEPS) == undisturbed
+    assert job.weights(LONGER) == undisturbed
 
 
 def snapshots(job: SlurmJob) -> list[int]:
