@@ -137,7 +137,10 @@ def test_a_chain_of_jobs_goes_on_until_the_run_is_done(make_job: MakeSlurmJob, l
     job.wait_until(lambda: "everstep: done" in job.said(), "the end")
     job.wait_until(lambda: not lab.run("squeue", "-h", "-j", job.job_id), "the end of the chain")
     rows = lab.run("squeue", "-h", "-t", "all", "-j", job.job_id, "-o", "%K %T").split("\n")
-    assert sorted(filter(None, rows)) == ["1 FAILED", "2 COMPLETED", "3 CANCELLED"]
+    # SLURM need not start them in their order.
+    first_state, *others = [row.partition(" ")[2] for row in sorted(filter(None, rows))]
+    assert (first_state, sorted(others)) == ("FAILED", ["CANCELLED", "COMPLETED"]), rows
+    assert began(job) == 2
     assert lab.job(first)["Restarts"] == "0"
     assert job.weights(LONGER) == undisturbed
 
