@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def results(job: Job) -> dict[str, Result | None]:
 
 def test_evaluations_outlive_a_supervisor_and_their_failures_stop_nothing(make_job: MakeJob, tmp_path: Path) -> None:
     """The supervisor is killed while the first evaluation runs; the next one waits for its end and tells of it."""
-    command = f"--evaluation.command={[sys.executable, '-c', EVALUATE, str(tmp_path)]!r}"
+    command = f"--evaluation.command={json.dumps([sys.executable, '-c', EVALUATE, str(tmp_path)])}"
     job = make_job(
         "evaluated",
         ("--training.steps", str(STEPS), "--evaluation.interval_steps=6", command, "--evaluation.ema=true",
