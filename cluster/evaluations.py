@@ -16,10 +16,12 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
+from typing import TypeGuard
 
 import msgspec
 
 from cluster import events
+from cluster.journal import read_events
 from cluster.rundir import GARBLED, RunDir, write_atomically
 from configs.schema import EvaluationConfig, JobConfig
 from trainer.events import Fact, FactKind
@@ -80,10 +82,15 @@ class Evaluations:
             return
         tasks = sorted(self.folder.glob(f"step-*/{TASK}"), key=lambda path: path.stat().st_mtime)
         self._waiting.extend(task.parent for task in tasks if read_result(task.parent) is None)
+        # One that died may have had a snapshot in its journal, and not come to hold it.
+        told = {event.fact.step: event.fact for event in read_events(self._run_dir.events) if _is_commit(event)}
+        for fact in told.values():
+            if (self._run_dir.path / HELD / f"step-{fact.step}").is_dir():
+                self._committed(fact)
 
     def on_event(self, event: events.AnyEvent) -> None:
         """A committed snapshot may be due."""
-        if isinstance(event, events.WorkersReported) and event.fact.kind is FactKind.SNAPSHOT_COMMITTED:
+        if _is_commit(event):
             self._committed(event.fact)
 
     def on_tick(self) -> None:
@@ -166,6 +173,10 @@ def read_result(folder: Path) -> Result | None:
         return msgspec.json.decode((folder / RESULT).read_bytes(), type=Result)
     except (OSError, *GARBLED):
         return None
+
+
+def _is_commit(event: events.AnyEvent) -> TypeGuard[events.WorkersReported]:
+    return isinstance(event, events.WorkersReported) and event.fact.kind is FactKind.SNAPSHOT_COMMITTED
 
 
 def _named(folder: Path) -> tuple[int, int]:
