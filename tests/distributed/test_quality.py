@@ -59,7 +59,12 @@ def test_a_layout_trains_as_one_process_does(name: str, tmp_path: Path) -> None:
     assert "lm_head.weight" in weights - momenta
 
 
-def test_a_restored_state_goes_on_bit_for_bit() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [tiny(dp_shard=2), pytest.param(tiny("deepseek_v3", dp_shard=2, ep=2), marks=pytest.mark.long)],
+    ids=["fsdp2", "ep2"],
+)
+def test_a_restored_state_goes_on_bit_for_bit(config: JobConfig) -> None:
     """Momenta and averages are state: with them a run on other processes is the same run."""
-    for undisturbed, resumed in run_ranks(2, restored, with_quality(tiny("deepseek_v3", dp_shard=2, ep=2))):
+    for undisturbed, resumed in run_ranks(2, restored, with_quality(config)):
         assert undisturbed == resumed
