@@ -13,7 +13,6 @@ import pytest
 from cluster import evaluate, evaluations, events
 from cluster.alert_words import AlertWriter
 from cluster.evaluations import HELD, LOG, MODEL, RESULT, Evaluations, Result, Task, read_result
-from cluster.journal import Journal
 from cluster.rundir import RunDir
 from configs.schema import AlertsConfig, EvaluationConfig, JobConfig
 from configs.tomltext import resolve_toml
@@ -211,11 +210,10 @@ def test_the_next_supervisor_takes_up_what_was_not_finished(run_dir: RunDir, sta
     assert started == ["step-40-g1", "step-100-g1"]
 
 
-def test_a_snapshot_of_the_journal_that_nobody_came_to_hold_is_evaluated(run_dir: RunDir, started: list[str]) -> None:
-    """The supervisor died between its line and the links; a snapshot that retention took since is nobody's failure."""
-    journal = Journal(run_dir.events)
-    for step in (40, 120):
-        journal.append(stories.fact(FactKind.SNAPSHOT_COMMITTED, 1, step, 1.0))
+def test_a_snapshot_that_no_supervisor_came_to_hold_is_evaluated(run_dir: RunDir, started: list[str]) -> None:
+    """It died before the links, or before it heard of it. What is not committed, not due or unreadable stays."""
+    for step, text in ((10, '{"body":{"generation":1}}'), (40, '{"body":{"generation":1}}'), (LAST, "{")):
+        (run_dir.path / "checkpoints" / f"step-{step}" / "manifest.json").write_text(text)
     found = opened(run_dir, job("true"))
     (told,) = facts(found, 1)
     assert (told.kind, told.step) == (FactKind.EVALUATED, 40)
