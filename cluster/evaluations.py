@@ -80,11 +80,16 @@ class Evaluations:
             return
         tasks = sorted(self.folder.glob(f"step-*/{TASK}"), key=lambda path: path.stat().st_mtime)
         self._waiting.extend(task.parent for task in tasks if read_result(task.parent) is None)
+        # One that died may not have come to hold a snapshot, or not have heard of it.
+        for manifest in sorted(self._run_dir.path.glob(f"{HELD}/step-*/manifest.json")):
+            step, generation = manifest.parent.name.removeprefix("step-"), _generation_of(manifest)
+            if step.isdecimal() and generation is not None:
+                self._committed(int(step), generation)
 
     def on_event(self, event: events.AnyEvent) -> None:
         """A committed snapshot may be due."""
         if isinstance(event, events.WorkersReported) and event.fact.kind is FactKind.SNAPSHOT_COMMITTED:
-            self._committed(event.fact)
+            self._committed(event.fact.step, event.fact.generation)
 
     def on_tick(self) -> None:
         """See what ended, and begin the next."""
@@ -126,14 +131,14 @@ class Evaluations:
             self._running = None
         return False
 
-    def _committed(self, fact: Fact) -> None:
+    def _committed(self, step: int, generation: int) -> None:
         interval = self._config.interval_steps
-        if not interval or (fact.step % interval and fact.step != self._last_step):
+        if not interval or (step % interval and step != self._last_step):
             return
-        task = Task(run=self._run, step=fact.step, generation=fact.generation, evaluation=self._config)
-        if (task.step, task.generation) in self._known or (self._folder_of(task) / TASK).exists():
+        task = Task(run=self._run, step=step, generation=generation, evaluation=self._config)
+        if (step, generation) in self._known or (self._folder_of(task) / TASK).exists():
             return
-        self._known.add((task.step, task.generation))
+        self._known.add((step, generation))
         self._holding += 1
         threading.Thread(target=self._hold, args=(task,), name="evaluations", daemon=True).start()
 
@@ -164,6 +169,22 @@ def read_result(folder: Path) -> Result | None:
     """What an evaluation left, None if it left nothing readable."""
     try:
         return msgspec.json.decode((folder / RESULT).read_bytes(), type=Result)
+    except (OSError, *GARBLED):
+        return None
+
+
+class _Body(msgspec.Struct, frozen=True):
+    generation: int
+
+
+class _Manifest(msgspec.Struct, frozen=True):
+    body: _Body
+
+
+def _generation_of(manifest: Path) -> int | None:
+    """Of a committed snapshot, None if its manifest cannot be read; whether it is whole, the export will see."""
+    try:
+        return msgspec.json.decode(manifest.read_bytes(), type=_Manifest).body.generation
     except (OSError, *GARBLED):
         return None
 

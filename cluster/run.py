@@ -38,6 +38,8 @@ from configs.shrinking import words_about_sizes
 from trainer.exits import ExitCode
 from trainer.paths import transfer_key_path
 
+_EVALUATION_POLL_S = 0.05
+
 logger = logging.getLogger("everstep.run")
 
 
@@ -83,12 +85,13 @@ def _run_locked(
         # Without a take-over nobody may be left; with one, an evicted node that its supervisor did not get to kill.
         if scheduler.alive(handle) and not (taking_over and node in fit):
             scheduler.kill(node, handle)
+    evaluations = Evaluations(config, run_dir)
+    evaluations.open()
     if not taking_over:
         scheduler.close()
         if newest_snapshot(run_dir.path) >= config.training.steps:
+            _finish_evaluations(evaluations, Journal(run_dir.events), watcher)
             return ExitCode.DONE
-    evaluations = Evaluations(config, run_dir)
-    evaluations.open()
     history = HistoryFile(history_path(config, run_dir.path.parent))
     memory = Remembering(watcher, history, config.run.name)
     memory.open()
@@ -106,6 +109,20 @@ def _run_locked(
             code = supervisor.run()
         scheduler.close()
         return code
+
+
+def _finish_evaluations(evaluations: Evaluations, journal: Journal, watcher: Watcher) -> None:
+    """What the last supervisor of a run that is done left to do."""
+    try:
+        while evaluations.lingers(ExitCode.DONE, 0):
+            evaluations.on_tick()
+            for fact in evaluations.take_facts():
+                event = events.WorkersReported(t_wall_s=time.time(), t_mono_s=time.monotonic(), fact=fact)
+                journal.append(event)
+                watcher.on_event(event)
+            time.sleep(_EVALUATION_POLL_S)
+    finally:
+        evaluations.lingers(ExitCode.REQUEUE, 0)
 
 
 def _begin(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -33,11 +34,16 @@ def results(job: Job) -> dict[str, Result | None]:
     return {path.name: read_result(path) for path in sorted((job.run_dir / "evaluations").glob("step-*"))}
 
 
+def evaluating(job: Job) -> int:
+    """How many processes are, or wait to be, at an evaluation."""
+    return sum("cluster.evaluate" in process.cmdline() for process in job.processes())
+
+
 def test_evaluations_outlive_a_supervisor_and_their_failures_stop_nothing(make_job: MakeJob, tmp_path: Path) -> None:
     """The supervisor is killed while the first evaluation runs; the next one waits for its end and tells of it."""
-    command = f"--evaluation.command={[sys.executable, '-c', EVALUATE, str(tmp_path)]!r}"
+    command = f"--evaluation.command={json.dumps([sys.executable, '-c', EVALUATE, str(tmp_path)])}"
     job = make_job(
-        "evaluated",
+        "judged",
         ("--training.steps", str(STEPS), "--evaluation.interval_steps=6", command, "--evaluation.ema=true",
          "--ema.decay=0.9", "--optimizer.name=muon", "--checkpoint.keep_last=2"),
     ).start()  # fmt: skip
@@ -46,7 +52,7 @@ def test_evaluations_outlive_a_supervisor_and_their_failures_stop_nothing(make_j
     job.process.kill()
     job.process.wait()
     job.start()
-    job.wait_until(lambda: "took over" in job.said() or "evaluated" in job.said(), "the take-over")
+    job.wait_until(lambda: evaluating(job) > 1, "the next supervisor's evaluation, which waits")
     (tmp_path / "go").touch()
     assert job.finish() == 0, job.said()
 

@@ -20,7 +20,8 @@ LAYOUTS = {
     "moe-ep2": (
         "--model.family", "deepseek_v3", "--model.layers", "2",
         "--parallelism.dp_shard", "4", "--parallelism.tp", "1", "--parallelism.ep", "2",
-        "--optimizer.name", "muon", "--training.z_loss", "1e-3", "--ema.decay", "0.9", "--ema.interval_steps", "5",
+        "--optimizer.name", "muon", "--optimizer.muon_iterations", "1", "--optimizer.muon_except", '["*.attention.*"]',
+        "--training.z_loss", "1e-3", "--ema.decay", "0.9", "--ema.interval_steps", "5",
     ),
 }  # fmt: skip
 

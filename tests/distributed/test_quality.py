@@ -14,18 +14,19 @@ from tests.harness import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-# As those of test_parity, and ten times that: an orthogonalised matrix moves in directions that hardly have a gradient,
+# Dense: ten times that of test_parity, as an orthogonalised matrix moves in directions that hardly have a gradient,
 # where rounding decides.
 DENSE_TOLERANCE = 2e-5
-EXPERT_TOLERANCE = 1e-3
+EXPERT_TOLERANCE = 1e-4
 
 
 def with_quality(config: JobConfig) -> JobConfig:
-    """The same job with all of them on."""
+    """The same job with all of them on; the matrices that are the most work stay with AdamW."""
+    large = ("*.attention.wkv_b.weight", "*.attention.wq.weight") if config.model.family == "deepseek_v3" else ()
     return msgspec.structs.replace(
         config,
         training=msgspec.structs.replace(config.training, z_loss=0.01),
-        optimizer=OptimizerConfig(name="muon"),
+        optimizer=OptimizerConfig(name="muon", muon_iterations=2, muon_except=large),
         ema=EmaConfig(decay=0.9, interval_steps=2),
     )
 
@@ -39,8 +40,7 @@ EXPERTS = {
 
 
 @pytest.mark.parametrize(
-    "name",
-    [*DENSE, *(pytest.param(name, marks=[] if name == "ep2" else [pytest.mark.long]) for name in EXPERTS)],
+    "name", [pytest.param(name, marks=[] if name == "fsdp2_tp2" else [pytest.mark.long]) for name in (*DENSE, *EXPERTS)]
 )
 def test_a_layout_trains_as_one_process_does(name: str, tmp_path: Path) -> None:
     """From one state, with momenta and averages in it: losses, norms, and the tensors that a snapshot has."""
@@ -59,7 +59,12 @@ def test_a_layout_trains_as_one_process_does(name: str, tmp_path: Path) -> None:
     assert "lm_head.weight" in weights - momenta
 
 
-def test_a_restored_state_goes_on_bit_for_bit() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [tiny(dp_shard=2), pytest.param(tiny("deepseek_v3", dp_shard=2, ep=2), marks=pytest.mark.long)],
+    ids=["fsdp2", "ep2"],
+)
+def test_a_restored_state_goes_on_bit_for_bit(config: JobConfig) -> None:
     """Momenta and averages are state: with them a run on other processes is the same run."""
-    for undisturbed, resumed in run_ranks(2, restored, with_quality(tiny("deepseek_v3", dp_shard=2, ep=2))):
+    for undisturbed, resumed in run_ranks(2, restored, with_quality(config)):
         assert undisturbed == resumed

@@ -210,6 +210,17 @@ def test_the_next_supervisor_takes_up_what_was_not_finished(run_dir: RunDir, sta
     assert started == ["step-40-g1", "step-100-g1"]
 
 
+def test_a_snapshot_that_no_supervisor_came_to_hold_is_evaluated(run_dir: RunDir, started: list[str]) -> None:
+    """It died before the links, or before it heard of it. What is not committed, not due or unreadable stays."""
+    for step, text in ((10, '{"body":{"generation":1}}'), (40, '{"body":{"generation":1}}'), (LAST, "{")):
+        (run_dir.path / "checkpoints" / f"step-{step}" / "manifest.json").write_text(text)
+    found = opened(run_dir, job("true"))
+    (told,) = facts(found, 1)
+    assert (told.kind, told.step) == (FactKind.EVALUATED, 40)
+    assert not found.lingers(ExitCode.DONE, 0)
+    assert started == ["step-40-g1"]
+
+
 def test_a_program_that_is_not_there_is_refused_before_anything_starts(run_dir: RunDir) -> None:
     with pytest.raises(ValueError, match=r"evaluation\.command: there is no program"):
         Evaluations(job("true", program="no-such-program"), run_dir)
