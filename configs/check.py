@@ -9,6 +9,7 @@ import msgspec
 
 from configs.check_alerts import check_alerts
 from configs.check_layout import check_layout
+from configs.check_precision import check_precision
 from configs.errors import Problem, alternatives
 from configs.models import FAMILIES
 from configs.schema import JobConfig
@@ -29,7 +30,7 @@ def check_job(config: JobConfig) -> list[Problem]:
     if facts is None:
         what = f"{config.model.family} has no such flavour{alternatives(config.model.flavor, list(flavors))}"
         problems.append(Problem("model.flavor", config.model.flavor, what))
-    problems += check_layout(config, facts)
+    problems += check_layout(config, facts) + check_precision(config, facts)
     problems += _check_validation(config) + _check_optimizer(config) + check_alerts(config)
     return problems + _check_checkpoint(config) + _check_numbers(config) + check_timeouts(config)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
+from parallelism.lowp_state import Lowp, ScalesState
 from parallelism.optimizer import ShardedAdamW
 from parallelism.titan import canonical_name
 
@@ -46,12 +47,15 @@ class OptimizerState(Stateful):
                 counter.copy_(state_dict["step"])
 
 
-def build_states(parts: list[nn.Module], optimizer: ShardedAdamW) -> dict[str, Stateful]:
+def build_states(parts: list[nn.Module], optimizer: ShardedAdamW, lowp: Lowp | None) -> dict[str, Stateful]:
     """The snapshot's view of a built model and its optimizer."""
-    return {
+    states: dict[str, Stateful] = {
         "model": ModelState(_model_tensors(parts)),
         "optimizer": OptimizerState(optimizer.moments(), optimizer.counters()),
     }
+    if lowp is not None and lowp.history is not None:
+        states["precision"] = ScalesState(lowp.history)
+    return states
 
 
 def _model_tensors(parts: list[nn.Module]) -> dict[str, Tensor]:

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from parallelism.titan import expert_token_counters
 
 
-def forget_trial_runs(schedule: Any, parts: list[nn.Module]) -> None:
+def forget_trial_runs(schedule: Any, parts: list[nn.Module], forget: Callable[[], object]) -> None:
     """Have no expert count the tokens of a stage's trial runs, and no recorder note what they send.
+
+    forget: is called after each, for what else they may have left behind.
 
     Before its first step, and after each evaluation, a pipeline runs its stages once to learn the shapes that they
     exchange, on uninitialised memory where the real activations come from another rank. A step begins with empty
@@ -28,6 +30,7 @@ def forget_trial_runs(schedule: Any, parts: list[nn.Module]) -> None:
             with torch.no_grad():
                 for counter in expert_token_counters(parts):
                     counter.zero_()
+                forget()
             return result
 
         return run
