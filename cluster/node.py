@@ -103,6 +103,7 @@ class Node:
             peers=tuple(dict.fromkeys([*order.copy_to, *(a for each in order.gather for a in each.addresses)])),
             wait_for_copies=self.tiers.may_send_copies,
             node_dir=str(self.tiers.node_dir or ""),
+            recipe=order.recipe,
         )
         return msgspec.json.encode(start).decode()
 

@@ -70,7 +70,7 @@ LOW: Mapping[str, RecipeFacts] = {
         capability=(10, 0),
         granule=16,
         backends=("te", "emulated"),
-        words="E2M1, an E4M3 scale for 16 elements (16 x 16 of weights) under one a tensor, gradients rounded by chance",
+        words="E2M1, an E4M3 scale for 16 elements (16 x 16 of weights) under one a tensor, gradients by chance",
     ),
 }
 
@@ -81,7 +81,7 @@ def is_low(recipe: str) -> bool:
 
 
 def lowered_to(config: JobConfig, recipe: str) -> JobConfig:
-    """The job with another recipe; "": as it is. What is kept of the old one's settings says nothing any more."""
+    """The job with another recipe that the supervisor went over to; "": as it is."""
     if not recipe:
         return config
     precision = msgspec.structs.replace(config.precision, recipe=recipe, backend="auto")  # type: ignore[arg-type]
@@ -89,8 +89,11 @@ def lowered_to(config: JobConfig, recipe: str) -> JobConfig:
 
 
 def safer_than(recipe: str) -> str:
-    """The recipe to go on with where numbers go wrong in this one and nothing else helped; "" if there is none."""
-    return "bf16" if is_low(recipe) else ""
+    """The recipe to go on with where numbers go wrong in this one and nothing else helped; "" if there is none.
+
+    `auto` converts nothing: all is computed in what the rest was, which is bf16 on GPUs.
+    """
+    return "auto" if is_low(recipe) else ""
 
 
 def microbatch_tokens(config: JobConfig) -> int:

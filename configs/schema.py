@@ -128,10 +128,10 @@ class ParallelismConfig(Section, frozen=True, kw_only=True):
 class PrecisionConfig(Section, frozen=True, kw_only=True):
     """`[precision]`: what matrices are multiplied in. Master weights and optimizer state are fp32.
 
-    recipe: `auto` is bf16 on GPUs and fp32 on CPU. The fp8, mxfp8 and nvfp4 ones convert the linear layers and experts of
-    the decoder's layers, but not routers, the head, the keep_first_layers first and keep_last_layers last layers, and
-    modules that have one of the names in keep_modules. backend computes them: Transformer Engine, torchao, or plain torch
-    on the rounded numbers (`emulated`, everywhere, slow); `auto` takes the best one that there is.
+    recipe: `auto` is bf16 on GPUs and fp32 on CPU. The fp8, mxfp8 and nvfp4 ones convert the linear layers and experts
+    of the decoder's layers, but not routers, the head, the first keep_first_layers and last keep_last_layers, and
+    modules with one of the names in keep_modules. backend computes them: Transformer Engine, torchao, or plain
+    torch on the rounded numbers (`emulated`, everywhere, slow); `auto` takes the best one that there is.
 
     param_dtype: of all that the recipe leaves alone (`auto`: bf16 on GPUs, fp32 on CPU); reduce_dtype: of sums of
     gradients. reuse_weights: a weight is rounded once a step and kept, not once a microbatch; `auto` does where weights

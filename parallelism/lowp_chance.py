@@ -1,7 +1,7 @@
 """Rounding by chance and mixing by chance, from counters and no generator: a step that is computed again is the same.
 
-What an element is rounded with depends on the run's seed, the step, the module, and where in the global batch and in the
-matrix the element stands; not on the rank, nor on how the batch was cut into microbatches.
+What an element is rounded with depends on the run's seed, the step, the module, and where in the global batch and in
+the matrix the element stands; not on the rank, nor on how the batch was cut into microbatches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def uniform(key: int, rows: range, columns: range, device: torch.device) -> Tens
 
 
 def transform(values: Tensor) -> Tensor:
-    """A random Hadamard transform of each 16 rows of [R, C], zeros added at the end: products over rows stay the same."""
+    """A random Hadamard transform of each 16 rows of [R, C], zeros added behind: products over rows stay."""
     padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % HADAMARD_SIZE))
     mixed = _hadamard(values.device) @ padded.unflatten(0, (-1, HADAMARD_SIZE))
     return mixed.flatten(0, 1)

@@ -51,8 +51,8 @@ def round_to(values: Tensor, target: Format, noise: Tensor | None = None) -> Ten
 def power_of_two_scale(amax: Tensor, largest: float) -> Tensor:
     """The largest power of two s with amax * s <= largest; 1 for nothing but zeros, NaN for what is not finite.
 
-    Powers of two change no digit of what they scale. So values do not depend on how a matrix was cut among ranks, but for
-    those that are near the format's smallest.
+    Powers of two change no digit of what they scale. So values do not depend on how a matrix was cut among ranks, but
+    for those that are near the format's smallest.
     """
     ratio = largest / amax.double()
     _, exponent = torch.frexp(ratio)

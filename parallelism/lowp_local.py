@@ -54,5 +54,3 @@ class _Spread:
 def _flat(site: Site, x: Tensor, weight: Tensor, first_column: int) -> Tensor:
     product = site.kernel.linear(site, x.reshape(-1, x.shape[-1]), weight, first_column)
     return product.unflatten(0, x.shape[:-1])
-
-

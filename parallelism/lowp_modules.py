@@ -1,7 +1,7 @@
 """Converts a model's configuration, before anything is built: which modules, and what they become.
 
-Names, shapes, initial values and sharding of parameters stay what they were, so that snapshots, layouts and exports know
-nothing of the recipe. Imports torchtitan; imported by `parallelism.titan` alone.
+Names, shapes, initial values and sharding of parameters stay what they were, so that snapshots, layouts and exports
+know nothing of the recipe. Imports torchtitan; imported by `parallelism.titan` alone.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Operand(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Rounding:
-    """One operand. block: (rows, columns) with the contracted dim last, None for one scale a tensor. delayed: that scale
+    """One operand. block: (rows, columns) with the contracted dim last, None for one scale a tensor. delayed: that one
     comes from past steps. by_chance, mixed: rounding and a Hadamard transform, where the recipe has them."""
 
     target: Format

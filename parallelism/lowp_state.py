@@ -19,10 +19,10 @@ class Kernel(Protocol):
     """What multiplies. Both are differentiable, and see this rank's part of everything as plain tensors."""
 
     def linear(self, site: Site, x: Tensor, weight: Tensor, first_column: int) -> Tensor:
-        """[T, inputs] and [outputs, inputs] to [T, outputs]; first_column: number of the first output in the whole."""
+        """[T, inputs] and [outputs, inputs] to [T, outputs]. first_column: the first output's number in the whole."""
 
     def grouped(self, site: Site, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        """[T, inputs] and [E, outputs, inputs] to [T, outputs]: the rows up to offsets[e] are of expert e, or earlier."""
+        """[T, inputs] and [E, outputs, inputs] to [T, outputs]: rows up to offsets[e] are of expert e or earlier."""
 
 
 class Site:
@@ -113,7 +113,7 @@ class Lowp:
     # What kernels ask ---------------------------------------------------------------------------------------------
 
     def amax(self, site: Site, operand: Operand, values: Tensor, record: bool) -> Tensor:
-        """The largest value that an operand's one scale is made for: its own, or that of past steps if there are any.
+        """What an operand's one scale is made for: its own largest value, or that of past steps if there were any.
 
         record: note its own for steps to come.
         """
@@ -127,7 +127,7 @@ class Lowp:
         return torch.where(past > 0, past, own)
 
     def rows(self, key: object, count: int) -> range:
-        """Numbers in the global batch of the next `count` rows whose gradients a site (or one of its experts) rounds."""
+        """Numbers in the global batch of the next `count` rows whose gradients a site, or an expert of it, rounds."""
         first = self._share + self._rows.get(key, 0)
         self._rows[key] = self._rows.get(key, 0) + count
         return range(first, first + count)

@@ -1,4 +1,4 @@
-"""Which recipe this rank computes in, and with what: the configuration held against the card. Pure but for `card_of`."""
+"""Which recipe this rank computes in, and with what: the configuration held against the card and what is installed."""
 
 from __future__ import annotations
 
@@ -109,13 +109,13 @@ def _check(config: JobConfig, card: Card, backends: Collection[str], backend: st
             others = [name for name, each in LOW.items() if _fits(card.capability, name) and each.bits >= facts.bits]
             fix = " or ".join(f'"{name}"' for name in [*others, "bf16"])
             raise ValueError(
-                f'precision.recipe = "{recipe}": needs a card of compute capability {least}{bound}, and {card.name} has '
-                f"{has}; set precision.recipe = {fix}"
+                f'precision.recipe = "{recipe}": needs a card of compute capability {least}{bound}, and {card.name} '
+                f"has {has}; set precision.recipe = {fix}"
             )
     if backend not in backends:
         raise ValueError(
             f'precision.recipe = "{recipe}" with precision.backend = "{backend}": {_PACKAGES[backend]} is not '
-            f"installed; install it (docs/precision.md says how), or set precision.recipe = \"bf16\""
+            f'installed; install it (docs/precision.md says how), or set precision.recipe = "bf16"'
         )
 
 

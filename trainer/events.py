@@ -52,7 +52,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     reads. All three: see `trainer.history`.
     peers: `host:port` of agents that may hold copies of this node's shards.
     wait_for_copies: whether anybody may ever take copies of this node's snapshots. node_dir: the node's folder on its
-    own disk, "" if it has none.
+    own disk, "" if it has none. recipe: what the supervisor has lowered the precision recipe to, "" for the configured.
     """
 
     run_dir: str
@@ -66,6 +66,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     peers: tuple[str, ...] = ()
     wait_for_copies: bool = False
     node_dir: str = ""
+    recipe: str = ""
 
 
 class StepTimes(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -89,7 +90,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One line of metrics.jsonl. None means not known or not finite, never zero.
 
     t_wall_s: when the step ended, the validation after it included, which step_s is without. batch: position of the
-    batch that it read, 0 if that is not known.
+    batch that it read, 0 if that is not known. mfu_pct is against the card's bf16 peak, mfu_recipe_pct against that of
+    the recipe's own format, where it is less than bf16. recipe: what was computed in, "" if that is not known;
+    converted: how many matrices of the model are multiplied in it.
     """
 
     step: int
@@ -113,6 +116,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     validation_loss: float | None = None
     validation_s: float = 0.0
     batch: int = 0
+    mfu_recipe_pct: float | None = None
+    recipe: str = ""
+    converted: int = 0
 
 
 class Oddity(enum.StrEnum):
@@ -145,6 +151,7 @@ class FactKind(enum.StrEnum):
     NUMBERS_ODD = "numbers_odd"
     ROLLBACK_WANTED = "rollback_wanted"
     FIRST_STEP = "first_step"
+    PRECISION = "precision"
     STOPPING = "stopping"
 
 

@@ -99,10 +99,11 @@ def _run(context: RankContext, started_s: float) -> None:
     import torch
     import torch.distributed as dist
 
+    from configs.precision import lowered_to
     from trainer.build import build_rank
     from trainer.loop import train
 
-    config = load_job(config_path(context.run_dir))
+    config = lowered_to(load_job(config_path(context.run_dir)), context.start.recipe)
     timeouts = derive(config)
     witness = Witness(context.ram_dir, context.local_rank, context.rank)
     witness.open(config.health.flight_record_entries, os.environ)
