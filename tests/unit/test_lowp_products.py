@@ -1,4 +1,4 @@
-"""Promise: each recipe rounds each operand of a layer's three products as it says, and libraries get the same numbers."""
+"""Promise: each recipe rounds each operand of a layer's three products as it says; torchao gets the same numbers."""
 
 from __future__ import annotations
 
