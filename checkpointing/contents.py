@@ -13,6 +13,7 @@ from checkpointing.layout import SnapshotDamagedError
 from parallelism.outline import Outline
 
 COUNTER = "optimizer.step"
+SCALES = "precision.amax_history"
 MOMENTS = ("optimizer.exp_avg.", "optimizer.exp_avg_sq.")
 
 
@@ -36,6 +37,11 @@ def wanted_tensors(model: Outline) -> list[Wanted]:
     for moment in MOMENTS:
         found += [Wanted(moment + name, p.dtype, tuple(p.shape)) for name, p in model.parameters.items()]
     return found
+
+
+def fresh_tensors(model: Outline) -> list[Wanted]:
+    """What a snapshot to begin with holds beside `wanted_tensors`, as zeros: scales of steps that never were."""
+    return [] if model.scales is None else [Wanted(SCALES, torch.float32, model.scales)]
 
 
 def check_shapes(snapshot: SnapshotReader, wanted: Sequence[Wanted]) -> None:

@@ -80,11 +80,16 @@ class Lowp:
         """Whether scales come from past steps, and so are state."""
         return any(rounding.delayed for rounding in self.recipe.values())
 
+    @property
+    def history_shape(self) -> tuple[int, ...] | None:
+        """Shape of the state, once all sites are known; None if there is none."""
+        return (len(self.sites), len(Operand), self._history_steps) if self.delayed else None
+
     def materialise(self, device: torch.device) -> None:
         """Make the state; all sites are known by now."""
         self._largest = torch.zeros(len(self.sites), len(Operand), device=device)
-        if self.delayed:
-            self.history = torch.zeros(len(self.sites), len(Operand), self._history_steps, device=device)
+        if self.history_shape is not None:
+            self.history = torch.zeros(self.history_shape, device=device)
 
     # The step -----------------------------------------------------------------------------------------------------
 

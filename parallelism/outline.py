@@ -10,20 +10,25 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from configs.precision import is_low
 from configs.schema import JobConfig, ParallelismConfig
 from parallelism import titan
+from parallelism.lowp import build_lowp
+from parallelism.precision import Precision
 
 
 class Outline:
     """What a snapshot of a job holds, and under which keys torchtitan's own state dict has it. Nothing has storage.
 
     tensors: the model's logical tensors by canonical name, in the model's order; parameters: those that the optimizer
-    has moments of. spec: torchtitan's. The two differ from torchtitan's state dict in two ways: its modules split a
+    has moments of. scales: shape of the largest values of past steps, None if the recipe keeps none. spec: of
+    torchtitan. The two differ from torchtitan's state dict in two ways: its modules split a
     fused query-key-value projection, and it repeats tied weights.
     """
 
-    def __init__(self, spec: Any, model: nn.Module) -> None:
+    def __init__(self, spec: Any, model: nn.Module, scales: tuple[int, ...] | None) -> None:
         self.spec = spec
+        self.scales = scales
         self.model = model
         self.parameters = {titan.canonical_name(name): p.detach() for name, p in model.named_parameters()}
         kept = model.state_dict(keep_vars=True)
@@ -88,5 +93,7 @@ def outline(config: JobConfig) -> Outline:
     plain = msgspec.structs.replace(config, model=model, parallelism=ParallelismConfig())
     device = torch.device("cpu")
     titan.prepare_process(device)
-    plan = titan.blueprint(plain, device)
-    return Outline(plan.spec, plan.model)
+    recipe = config.precision.recipe
+    lowp = build_lowp(plain, Precision(recipe, "emulated", "fp32"), device) if is_low(recipe) else None
+    plan = titan.blueprint(plain, device, lowp)
+    return Outline(plan.spec, plan.model, None if lowp is None else lowp.history_shape)

@@ -20,6 +20,7 @@ class Card:
 
     name: str
     capability: Capability | None
+    gpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class Precision:
 
 def card_of(device: torch.device) -> Card:
     """The card behind a device."""
-    if device.type != "cuda" or torch.version.hip:
-        return Card("this CPU" if device.type == "cpu" else f"a {device.type} device", None)
+    if device.type != "cuda":
+        return Card(f"this {device.type.upper()}", None, gpu=False)
+    if torch.version.hip:
+        return Card(torch.cuda.get_device_name(device), None)
     return Card(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
@@ -56,8 +59,8 @@ def choose(config: JobConfig, card: Card, backends: Collection[str]) -> Precisio
     Raises:
         ValueError: this card, or what is installed, cannot do what is asked for; the text says what to set instead.
     """
-    wanted, on_gpu = config.precision, card.capability is not None
-    full = "bf16" if on_gpu else "fp32"
+    wanted = config.precision
+    full = "bf16" if card.gpu else "fp32"
     if wanted.recipe not in LOW:
         recipe = wanted.recipe if wanted.recipe != "auto" else wanted.param_dtype
         recipe = full if recipe == "auto" else recipe
@@ -69,7 +72,7 @@ def choose(config: JobConfig, card: Card, backends: Collection[str]) -> Precisio
 
 def _best(config: JobConfig, card: Card, backends: Collection[str]) -> str:
     """On a GPU never the emulation: it would be slower than bf16, which nobody who asks for a recipe can want."""
-    if card.capability is None:
+    if not card.gpu:
         return "emulated"
     facts = LOW[config.precision.recipe]
     fast = [each for each in facts.backends if each != "emulated"]
@@ -95,10 +98,10 @@ def _check(config: JobConfig, card: Card, backends: Collection[str], backend: st
                 f"training.compile = true: the emulation of {recipe} cannot be traced; set training.compile = false"
             )
         return
-    if backend == "te" and card.capability is None:
+    if card.capability is None and (card.gpu or backend == "te"):
         raise ValueError(
-            f'precision.backend = "te": Transformer Engine needs an NVIDIA GPU, and this is {card.name}; set '
-            'precision.backend = "auto" or "emulated"'
+            f'precision.recipe = "{recipe}" with precision.backend = "{backend}": needs an NVIDIA GPU, and this is '
+            f'{card.name}; set precision.backend = "emulated", or precision.recipe = "bf16"'
         )
     if card.capability is not None:
         too_old = card.capability < facts.capability

@@ -14,12 +14,13 @@ from configs.models import FAMILIES
 from configs.precision import LOW, lowered_to, safer_than
 from configs.schema import JobConfig, PrecisionConfig
 from parallelism.lowp import build_lowp
-from parallelism.lowp_state import Lowp, reuses_weights
+from parallelism.lowp_state import Lowp, ScalesState, reuses_weights
 from parallelism.precision import Card, Precision, choose
 from tests.distributed.layouts import tiny, with_training
 from trainer.metrics import peak_tflops
 
-CPU = Card("this CPU", None)
+CPU = Card("this CPU", None, gpu=False)
+AMD = Card("AMD Instinct MI300X", None)
 H100 = Card("NVIDIA H100 80GB HBM3", (9, 0))
 B200 = Card("NVIDIA B200", (10, 0))
 A100 = Card("NVIDIA A100-SXM4-80GB", (8, 0))
@@ -76,6 +77,7 @@ def test_what_does_not_fit_is_refused_with_the_fix(config: JobConfig, key: str, 
     [
         (job("auto"), CPU, ALL, Precision("fp32", "", "fp32")),
         (job("auto"), A100, ALL, Precision("bf16", "", "bf16")),
+        (job("auto"), AMD, ALL, Precision("bf16", "", "bf16")),
         (job("auto", param_dtype="bf16"), CPU, ALL, Precision("bf16", "", "bf16")),
         (job("fp32"), H100, ALL, Precision("fp32", "", "fp32")),
         (job("fp8_current"), CPU, ALL, Precision("fp8_current", "emulated", "fp32")),
@@ -103,7 +105,8 @@ def test_the_best_that_is_there_is_taken(
         (job("mxfp8"), H100, ALL, ("10.0", "H100", '"fp8_current" or "fp8_block"')),
         (job("mxfp8"), CONSUMER, ALL, ("below 12.0", "has 12.0")),
         (job("nvfp4"), H100, ALL, ("10.0", "has 9.0")),
-        (job("fp8_current", backend="te"), CPU, ALL, ("Transformer Engine needs an NVIDIA GPU", '"emulated"')),
+        (job("fp8_current", backend="te"), CPU, ALL, ("needs an NVIDIA GPU", "this CPU", '"emulated"')),
+        (job("fp8_current"), AMD, ALL, ("needs an NVIDIA GPU", "MI300X", '"bf16"')),
         (job("fp8_block"), H100, ALL - {"te"}, ("transformer_engine is not installed",)),
         (job("fp8_current", backend="torchao"), CPU, frozenset({"emulated"}), ("torchao is not installed",)),
         (with_training(job("fp8_block"), compile=True), H100, ALL, ("training.compile = false",)),
@@ -185,6 +188,18 @@ def test_torchao_refuses_experts_that_it_would_scale_otherwise() -> None:
     lowp.precision = Precision("fp8_current", "torchao", "fp32")
     with pytest.raises(ValueError, match=r"another recipe; set precision\.keep_modules = \[.*inner_experts"):
         titan.blueprint(config, device, lowp)
+
+
+def test_what_a_run_begins_with_has_room_for_scales() -> None:
+    """An import writes them as zeros, under the name and in the shape that an engine has; no other recipe has any."""
+    from checkpointing.contents import Wanted, fresh_tensors
+    from parallelism.outline import outline
+
+    config = job("fp8_delayed", amax_history_steps=5)
+    (scales,) = fresh_tensors(outline(config))
+    assert scales == Wanted("precision.amax_history", torch.float32, (len(sites_of(config)), 3, 5))
+    assert [f"precision.{name}" for name in ScalesState(torch.zeros(1)).state_dict()] == [scales.name]
+    assert fresh_tensors(outline(job("fp8_current"))) == []
 
 
 # The rest ----------------------------------------------------------------------------------------------------------
