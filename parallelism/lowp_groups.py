@@ -15,12 +15,13 @@ def padded(x: Tensor, offsets: Tensor, multiple: int) -> tuple[Tensor, Tensor, T
         The rows, where the groups end now, and for each row of a group in x its new place. How many rows there are is
         the same for the same shapes, so that the host need not wait for the device.
     """
+    dtype, offsets = offsets.dtype, offsets.long()
     counts = offsets.diff(prepend=offsets.new_zeros(1))
-    ends = ((counts + multiple - 1) // multiple * multiple).cumsum(0).to(offsets.dtype)
+    ends = ((counts + multiple - 1) // multiple * multiple).cumsum(0)
     rows = torch.arange(len(x), device=x.device)
     group = torch.searchsorted(offsets, rows, right=True)
     most = len(x) + multiple * len(offsets)
     shift = ends - offsets - (ends.diff(prepend=ends.new_zeros(1)) - counts)
     # Rows of no group go where no group is.
     places = torch.where(group < len(offsets), rows + shift[group.clamp(max=len(offsets) - 1)], most)
-    return x.new_zeros(most + 1, x.shape[1]).index_put((places,), x), ends, places
+    return x.new_zeros(most + 1, x.shape[1]).index_put((places,), x), ends.to(dtype), places
