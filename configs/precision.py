@@ -84,7 +84,7 @@ def lowered_to(config: JobConfig, recipe: str) -> JobConfig:
     """The job with another recipe that the supervisor went over to; "": as it is."""
     if not recipe:
         return config
-    precision = msgspec.structs.replace(config.precision, recipe=recipe, backend="auto")  # type: ignore[arg-type]
+    precision = msgspec.structs.replace(config.precision, recipe=recipe, backend="auto")
     return msgspec.structs.replace(config, precision=precision)
 
 

@@ -77,8 +77,9 @@ class _Call:
         made: tuple[Tensor, Tensor] = self.site.shared.weight((self.site.index, self.expert), make)
         return made
 
-    def noises(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    def noises(self, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Noise for the gradient, and for its transpose after mixing."""
+        rows, columns = grad.shape
         if not self.rounding(Operand.GRAD).by_chance:
             return None, None
         shared, key = self.site.shared, (self.site.index, self.expert)
@@ -87,11 +88,11 @@ class _Call:
         padded = range(where.start, where.stop + -rows % 16) if self.rounding(Operand.GRAD).mixed else where
         across = range(self.first_column, self.first_column + columns)
         seeds = [derive_seed(shared.seed, "rounding", shared.step, *key, use) & 0xFFFFFFFF for use in ("dx", "dw")]
-        return uniform(seeds[0], where, across, device), uniform(seeds[1], padded, across, device).t()
+        return uniform(seeds[0], where, across, grad.device), uniform(seeds[1], padded, across, grad.device).t()
 
 
 def _multiply(call: _Call, x: Tensor, weight: Tensor) -> Tensor:
-    product: Tensor = _Product.apply(x, weight, call)  # type: ignore[no-untyped-call]
+    product: Tensor = _Product.apply(x, weight, call)
     return product
 
 
@@ -110,7 +111,7 @@ class _Product(torch.autograd.Function):
         call: _Call = ctx.call
         x, weight = ctx.saved_tensors
         exact = grads[0].float()
-        noise, noise_over_tokens = call.noises(*exact.shape, exact.device)
+        noise, noise_over_tokens = call.noises(exact)
         grad_x = grad_weight = None
         grad = call.plain(Operand.GRAD, exact, noise)
         if ctx.needs_input_grad[0]:

@@ -90,7 +90,7 @@ def _grouped_shell(te: ModuleType, weight: Tensor) -> Any:
 def _without_parameters(kind: Any) -> Any:
     """A subclass that multiplies with the weights in `given`."""
 
-    class Shell(kind):  # type: ignore[misc, valid-type]
+    class Shell(kind):
         given: Sequence[Tensor] = ()
 
         def _get_weight_tensors(self) -> list[Tensor]:

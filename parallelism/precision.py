@@ -62,8 +62,8 @@ def choose(config: JobConfig, card: Card, backends: Collection[str]) -> Precisio
     wanted = config.precision
     full = "bf16" if card.gpu else "fp32"
     if wanted.recipe not in LOW:
-        recipe = wanted.recipe if wanted.recipe != "auto" else wanted.param_dtype
-        recipe = full if recipe == "auto" else recipe
+        named: str = wanted.recipe if wanted.recipe != "auto" else wanted.param_dtype
+        recipe = full if named == "auto" else named
         return Precision(recipe, "", recipe)
     backend = wanted.backend if wanted.backend != "auto" else _best(config, card, backends)
     _check(config, card, backends, backend)
