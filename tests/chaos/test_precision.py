@@ -15,7 +15,7 @@ from trainer.exits import ExitCode
 
 pytestmark = pytest.mark.chaos
 
-STEPS = 10
+STEPS = 8
 ALL_LAYERS = ("--precision.keep_first_layers", "0", "--precision.keep_last_layers", "0")
 SMALL = (
     "--training.steps", str(STEPS), "--parallelism.tp", "1", "--cluster.nodes", "1", "--cluster.spares", "0",
@@ -41,7 +41,7 @@ def break_it(job: Job) -> None:
     job.start()
     job.wait_for_step(2)
     faults.kill_worker(job.run_dir, "node0", 1)
-    job.wait_for_step(6)
+    job.wait_for_step(5)
     assert job.process is not None
     job.process.send_signal(signal.SIGTERM)
     assert job.finish() == 75, job.said()
