@@ -26,9 +26,10 @@ from parallelism.mesh import World
 from parallelism.schedule import learning_rate
 
 FIXED = {
-    "layers": 3, "vocab_size": 2048, "seq_len": 64, "global_batch_size": 8, "microbatch_size": 8, "ranks": 1,
+    "layers": 3, "vocab_size": 1024, "seq_len": 64, "global_batch_size": 8, "microbatch_size": 8, "ranks": 1,
 }  # fmt: skip
 LAST = 50
+WARMUP = 20
 # How far the mean loss of the last steps may be from bf16's, as a part of it. Runs in fp32 and bf16 differ too: that is
 # what a difference must be held against.
 BOUNDS: Mapping[str, float] = {
@@ -52,14 +53,16 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few steps: whether it runs at all")
     options = parser.parse_args()
     if options.quick:
-        options.steps = 3
+        options.steps = WARMUP
     here, taken_at, began_s = machine(), now(), time.monotonic()
     found: dict[str, list[float]] = {}
     with workspace("precision") as place:
         store = dist.FileStore(str(place.disk / "store"), 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         job = place.disk / "job.toml"
-        job.write_text(JOB.format(corpus=small_corpus(place.disk / "corpus"), steps=options.steps, **FIXED))
+        job.write_text(
+            JOB.format(corpus=small_corpus(place.disk / "corpus", FIXED["vocab_size"]), steps=options.steps, **FIXED)
+        )
         for recipe in ("bf16", *options.recipes):
             step_began_s = time.monotonic()
             found[recipe] = losses(in_recipe(_job(job), recipe))
@@ -72,7 +75,7 @@ def main() -> int:
         seconds=round(time.monotonic() - began_s, 1),
         machine=here,
         versions=versions(),
-        settings=settings({**FIXED, "steps": options.steps, "schedule": "cosine, 20 steps of warm-up, lr 1e-3"}),
+        settings=settings({**FIXED, "steps": options.steps, "schedule": f"cosine, {WARMUP} steps of warm-up, lr 1e-3"}),
         series=tuple(_series(recipe, values) for recipe, values in found.items()),
         ratios=tuple(ratio(f"loss of {each}", _series(each, found[each]), _series("bf16", found["bf16"]))
                      for each in options.recipes),
@@ -134,7 +137,7 @@ def _series(recipe: str, values: list[float]) -> Series:
 
 
 def _job(path: Path) -> JobConfig:
-    return load_job(str(path), ["--optimizer.schedule", "cosine", "--optimizer.warmup_steps", "20"])
+    return load_job(str(path), ["--optimizer.schedule", "cosine", "--optimizer.warmup_steps", str(WARMUP)])
 
 
 if __name__ == "__main__":
