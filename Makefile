@@ -7,7 +7,8 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint unit distributed chaos-short chaos chaos-checkpoint data install constraints clean \
 	test-slurm slurm-packages \
-	bench-recovery bench-checkpoint bench-checkpoint-gpu bench-overhead bench-detection bench-control-plane
+	bench-recovery bench-checkpoint bench-checkpoint-gpu bench-overhead bench-detection bench-control-plane \
+	bench-precision
 
 install: $(VENV)/.installed
 
@@ -15,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
 		{ echo "Python 3.11 or 3.12 is needed; say which one: make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[wandb,data,s3,hf,gpu,hang,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[wandb,data,s3,hf,gpu,hang,fp8,dev]'
 	@touch $@
 
 data: install
@@ -63,6 +64,10 @@ bench-recovery bench-checkpoint bench-overhead bench-detection: install data
 
 bench-control-plane: install
 	$(BIN)/python -m benchmarks.control_plane
+
+# The loss over 300 steps in each recipe, emulated: half an hour on one core. Fails if one is off by more than its bound.
+bench-precision: install
+	$(BIN)/python -m benchmarks.precision
 
 # Says so and does nothing where there is no CUDA device.
 bench-checkpoint-gpu: install

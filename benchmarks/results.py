@@ -18,7 +18,7 @@ import psutil
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchtitan", "everstep")
 
-Unit = Literal["s", "ms", "1/s", "steps/s", "MB", "GB/s", "ratio", "steps", "percent", "cpu_s/step"]
+Unit = Literal["s", "ms", "1/s", "steps/s", "MB", "GB/s", "ratio", "steps", "percent", "cpu_s/step", "nats"]
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):

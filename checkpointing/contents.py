@@ -14,6 +14,7 @@ from parallelism.outline import Outline
 
 COUNTER = "optimizer.step"
 _MODEL, _OPTIMIZER, _AVERAGE = "model.", "optimizer.", "ema."
+SCALES = "precision.amax_history"
 
 
 class Wanted(NamedTuple):
@@ -74,6 +75,11 @@ def kept_of(name: str) -> tuple[str, str] | None:
     """The inverse: kind and parameter, None for a logical tensor of another kind."""
     kind, found, parameter = name.removeprefix(_OPTIMIZER).partition(".")
     return (kind, parameter) if found and name.startswith(_OPTIMIZER) else None
+
+
+def fresh_tensors(model: Outline) -> list[Wanted]:
+    """What a snapshot to begin with holds beside `wanted_tensors`, as zeros: scales of steps that never were."""
+    return [] if model.scales is None else [Wanted(SCALES, torch.float32, model.scales)]
 
 
 def check_shapes(snapshot: SnapshotReader, wanted: Sequence[Wanted]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from checkpointing.contents import COUNTER, kept_of, wanted_tensors, weight_of
+from checkpointing.contents import COUNTER, SCALES, fresh_tensors, kept_of, wanted_tensors, weight_of
 from checkpointing.dcp_metadata import SafeReader
 from checkpointing.export_dcp import AVERAGE_KEY, STEP_KEY, TOKENS_KEY
 from checkpointing.imported import SHARD_BYTES, check_unused, write_snapshot
@@ -38,7 +38,7 @@ def import_dcp(
     check_unused(run_dir)
     model = outline(config)
     checkpoint = _Checkpoint(source)
-    wanted = wanted_tensors(model)
+    wanted = wanted_tensors(model) + fresh_tensors(model)
     missing = [key for name in model.parameters for key in model.needed(name) if key not in checkpoint.tensors]
     if missing:
         raise ValueError(f"{source} has no {missing[0]} ({len(missing)} of the model's tensors are missing)")
@@ -53,6 +53,8 @@ def import_dcp(
 
 def _value(model: Outline, checkpoint: _Checkpoint, name: str) -> Tensor | None:
     """A logical tensor, None if the checkpoint need not and does not have it."""
+    if name == SCALES:
+        return None
     if name == COUNTER:
         counters = (key for key in checkpoint.tensors if key.startswith("optimizer.state.") and key.endswith(".step"))
         first = next(counters, None)

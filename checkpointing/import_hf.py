@@ -11,7 +11,7 @@ import msgspec
 import safetensors
 from torch import Tensor
 
-from checkpointing.contents import wanted_tensors, weight_of
+from checkpointing.contents import fresh_tensors, wanted_tensors, weight_of
 from checkpointing.imported import SHARD_BYTES, check_unused, write_snapshot
 from configs.schema import JobConfig
 from parallelism.hf_names import HfNames, hf_names
@@ -54,7 +54,8 @@ def import_hf(
         missing = [key for parts in names.names.values() for key in parts if key not in weights.files]
         if missing:
             raise ValueError(f"{source} has no {missing[0]} ({len(missing)} of the model's tensors are missing)")
-        write_snapshot(run_dir, 0, wanted_tensors(names.model), value, {"tokens_seen": 0}, progress, shard_bytes)
+        wanted = wanted_tensors(names.model) + fresh_tensors(names.model)
+        write_snapshot(run_dir, 0, wanted, value, {"tokens_seen": 0}, progress, shard_bytes)
     return 0
 
 

@@ -141,7 +141,7 @@ def _timeline(events: Sequence[AnyEvent], given: VerdictGiven) -> Iterator[tuple
                     return
             case NodeEvicted() | GenerationPlanned():
                 yield event.t_wall_s, _plain(describe(event))
-            case WorkersReported() if event.fact.kind in (FactKind.LOADED, FactKind.GATHERED):
+            case WorkersReported() if event.fact.kind in (FactKind.LOADED, FactKind.GATHERED, FactKind.PRECISION):
                 yield event.t_wall_s, _plain(describe(event))
             case WorkersReported() if event.fact.kind is FactKind.FIRST_STEP:
                 if event.fact.generation > given.generation:

@@ -156,6 +156,8 @@ def _describe_fact(event: events.WorkersReported) -> str:
             return f"[bold yellow]behind[/]: {escape(fact.detail)}"
         case FactKind.TIER_CAUGHT_UP:
             return f"caught up: {escape(fact.detail)}"
+        case FactKind.PRECISION:
+            return f"computes {escape(fact.detail)}"
         case FactKind.STOPPING if fact.rank < 0:
             return f"[bold yellow]{fact.node}[/]: {escape(fact.detail)}"
         case FactKind.UPDATE_REPLAYED:

@@ -130,13 +130,15 @@ class VerdictGiven(Event, frozen=True, kw_only=True, tag="verdict"):
 class Back(msgspec.Struct, frozen=True, kw_only=True):
     """A history that was given up: what `generation` and earlier ones made after to_step must not be loaded again.
 
-    step: where its trouble began. left_out: ranges (first, count) of batches that are never read from now on.
+    step: where its trouble began. left_out: ranges (first, count) of batches that are never read from now on. recipe:
+    what is computed in from now on, "" for no change.
     """
 
     generation: int
     step: int
     to_step: int
     left_out: Ranges
+    recipe: str = ""
 
 
 class ActionTaken(Event, frozen=True, kw_only=True, tag="action"):

@@ -98,9 +98,10 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     policy replaced a node. newest_step and snapshots (ascending): as far as the journal knows; metrics.jsonl may know
     more steps. rejected: snapshots (generation, step) that a loss has shown to be wrong. rollback_wanted: what workers
     wait for. rollbacks: steps at which the troubles began that the run went back from, since a person last had a turn.
-    abandoned, left_out: what it gave up and leaves out by that, for ever, see `trainer.history`. exit_code is None
-    while the run goes on. failures, evictions: kept since a person last had a turn. recoveries_s: from a verdict to the
-    next generation's first step, the newest. step_s: the length of a step by the journal, None if not known yet; it is
+    abandoned, left_out: what it gave up and leaves out by that, for ever, see `trainer.history`. recipe: the precision
+    recipe that it went over to, for ever, "" as long as it is the configured one. exit_code is None while the run goes
+    on. failures, evictions: kept since a person last had a turn. recoveries_s: from a verdict to the next generation's
+    first step, the newest. step_s: the length of a step by the journal, None if not known yet; it is
     counted from pace_from (step, time) of the generation.
 
     wanted_nodes: how many shall hold ranks, 0 if the journal does not say. layout: the mesh that they hold, None for
@@ -123,6 +124,7 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     rollbacks: tuple[int, ...] = ()
     abandoned: tuple[tuple[int, int], ...] = ()
     left_out: Ranges = ()
+    recipe: str = ""
     restarts_used: int = 0
     incidents: tuple[Incident, ...] = ()
     failures: tuple[Failure, ...] = ()

@@ -253,7 +253,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order", gc=False):
     (generation, step) that must not be loaded; abandoned, left_out: histories that were given up, and batches that are
     not read, see `trainer.history`. collect: the number of the newest request for evidence about this generation's
     workers, 0 for none. measure: what ways to measure now. heard_wall_s: `AgentReport.sent_wall_s` of the newest
-    report; sent_wall_s: the supervisor's clock.
+    report; sent_wall_s: the supervisor's clock. recipe: what the precision recipe was lowered to, "" for the configured
+    one.
     """
 
     ack_seq: int
@@ -271,6 +272,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order", gc=False):
     measure: Measure | None = None
     heard_wall_s: float = 0.0
     sent_wall_s: float = 0.0
+    recipe: str = ""
 
 
 Message = AgentReport | Order

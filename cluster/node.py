@@ -104,6 +104,7 @@ class Node:
             wait_for_copies=self.tiers.may_send_copies,
             node_dir=str(self.tiers.node_dir or ""),
             layout=plan.layout,
+            recipe=order.recipe,
         )
         return msgspec.json.encode(start).decode()
 

@@ -1,6 +1,6 @@
-"""The rungs of the ladder for bad numbers that come after single skipped updates: go back, further back, stop.
+"""The rungs of the ladder for bad numbers that come after single skipped updates.
 
-The rung between, a lower precision recipe, does not exist: there is no recipe below BF16 in this trainer.
+Go back, further back, leave FP8 or FP4 for bf16 if that is what the run computes in, stop.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import msgspec
 from cluster.events import Back
 from cluster.jobstate import JobState
 from cluster.policy_words import ordinal, what
+from configs.precision import safer_than
 from configs.schema import JobConfig
 from health.verdict import Cause, Severity, Verdict
 from trainer.events import Fact
@@ -23,7 +24,8 @@ class Rollback(msgspec.Struct, frozen=True, tag="rollback"):
     """All workers start again from a snapshot of to_step or earlier, and never read the batches left_out.
 
     generation: it and earlier ones made nothing after to_step that may still be loaded. left_out: ranges (first,
-    count) of batches by their position, see `trainer.history`. step: where the trouble began this time.
+    count) of batches by their position, see `trainer.history`. step: where the trouble began this time. recipe: what
+    all compute in from now on, "" for no change.
     """
 
     generation: int
@@ -31,6 +33,7 @@ class Rollback(msgspec.Struct, frozen=True, tag="rollback"):
     to_step: int
     left_out: Ranges
     reason: str
+    recipe: str = ""
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -42,24 +45,41 @@ class Refusal(msgspec.Struct, frozen=True):
 
 def back_to(action: Rollback) -> Back:
     """The action as the journal has it: all that follows from it is in one line, written whole or not at all."""
-    return Back(generation=action.generation, step=action.step, to_step=action.to_step, left_out=action.left_out)
+    return Back(
+        generation=action.generation,
+        step=action.step,
+        to_step=action.to_step,
+        left_out=action.left_out,
+        recipe=action.recipe,
+    )
 
 
 def decide_numbers(verdict: Verdict, state: JobState, config: JobConfig) -> Rollback | Refusal | None:
     """What to do about workers that wait to go back; None if the verdict is about something else.
 
     The same trouble at the same place with other data is answered by going further back each time, as the harm may
-    have been done before it showed, and at last by stopping.
+    have been done before it showed; then by a recipe with more bits, where there is one; and at last by stopping.
     """
     wanted = state.rollback_wanted
     if verdict.cause not in _CAUSES or verdict.severity is not Severity.WORKERS or wanted is None:
         return None
     times = len(_earlier_here(wanted, state, config))
-    if refusal := _refusal(verdict, times, state, config):
+    safer = _safer(times, state, config)
+    if refusal := _refusal(verdict, times, safer, state, config):
         return refusal
     first = max(
         1, wanted.step - config.numbers.back_steps * times, _oldest_kept(state, config, wanted.step) + 1
     )  # fmt: skip
+    if safer:
+        return Rollback(
+            generation=wanted.generation,
+            step=wanted.step,
+            to_step=first - 1,
+            left_out=(),
+            recipe=safer,
+            reason=f"{what(verdict)} for the {ordinal(times + 1)} time here, whatever was left out: the run goes back "
+            f"to before step {first} and on without {config.precision.recipe}, all in the precision of the rest.",
+        )
     left_out = batches_of(first, wanted.step + wanted.batches - 1, union(state.left_out, _configured(config)))
     again = f" for the {ordinal(times + 1)} time here" if times else ""
     ranges = " and ".join(_range_words(*each) for each in left_out)
@@ -81,20 +101,34 @@ def facts_about(state: JobState, config: JobConfig) -> tuple[str, ...]:
     return (
         f"bad steps: {wanted.batches} from step {wanted.step} on",
         f"went back here before: {times} of {config.numbers.max_rollbacks} times",
+        f"precision: {_precision_words(state, config)}",
         f"restarts used: {state.restarts_used} of {config.health.max_restarts}",
     )
 
 
-def _refusal(verdict: Verdict, times: int, state: JobState, config: JobConfig) -> Refusal | None:
+def _precision_words(state: JobState, config: JobConfig) -> str:
+    return f"{config.precision.recipe}, left before" if state.recipe else config.precision.recipe
+
+
+def _safer(times: int, state: JobState, config: JobConfig) -> str:
+    """The recipe to go over to now; "" for none: it is too early, there is none, or it is not wanted."""
+    if times < config.numbers.max_rollbacks or times == 0 or not config.numbers.leave_low_precision:
+        return ""
+    return safer_than(state.recipe or config.precision.recipe)
+
+
+def _refusal(verdict: Verdict, times: int, safer: str, state: JobState, config: JobConfig) -> Refusal | None:
     if state.restarts_used >= config.health.max_restarts:
         return Refusal(
             ExitCode.FAILED,
             f"{what(verdict)}, and the {config.health.max_restarts} automatic restarts of this run are used up; "
             "look at the incidents, then raise health.max_restarts and run the same command again.",
         )
-    if times < config.numbers.max_rollbacks:
+    if times < config.numbers.max_rollbacks or safer:
         return None
     although = f", although the run went back {times} times here and left out other batches: the data is not to blame"
+    if state.recipe:
+        although += f", nor is {config.precision.recipe}, which it has left"
     return Refusal(
         ExitCode.DO_NOT_RESTART,
         f"{what(verdict)}{although if times else ''}. Look at the learning rate, the data and the gradient norms "

@@ -293,6 +293,7 @@ def _went_back(state: JobState, back: Back) -> JobState:
         rollbacks=(*state.rollbacks, back.step),
         abandoned=(*state.abandoned, (back.generation, back.to_step)),
         left_out=union(state.left_out, back.left_out),
+        recipe=back.recipe or state.recipe,
         snapshots=tuple(step for step in state.snapshots if step <= back.to_step),
     )
 

@@ -248,6 +248,7 @@ class Supervisor:
                 sent_wall_s=time.time(),
                 abandoned=self.state.abandoned,
                 left_out=self.state.left_out,
+                recipe=self.state.recipe,
             ),
         )
 

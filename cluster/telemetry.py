@@ -82,6 +82,8 @@ def metric_row(record: StepRecord, ettr: float | None) -> dict[str, float | int]
         "throughput/tokens_per_sec_per_gpu": record.tokens_per_sec_per_gpu,
         "throughput/tflops_per_gpu": record.tflops_per_gpu,
         "throughput/mfu_pct": record.mfu_pct,
+        "throughput/mfu_recipe_pct": record.mfu_recipe_pct,
+        "precision/converted_modules": record.converted if record.recipe else None,
         "time/step_s": record.step_s,
         "time/data_s": record.data_s,
         "time/validation_s": record.validation_s if record.validation_loss is not None else None,

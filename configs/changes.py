@@ -35,6 +35,7 @@ _ALLOWED = {
     "training.microbatch_size": "the global batch stays; sums are taken in another order, within tolerance",
     "training.compile": "the same computation, compiled or not, within tolerance",
     "training.activation_checkpoint": "activations are recomputed instead of kept; the result stays",
+    "precision.reuse_weights": "a weight is rounded once or several times, to the same numbers",
     "data.prefetch_steps": "reading ahead does not change what is read",
 }
 _REFUSED = {

@@ -10,6 +10,7 @@ import msgspec
 from configs.check_alerts import check_alerts
 from configs.check_evaluation import check_evaluation
 from configs.check_layout import check_layout
+from configs.check_precision import check_precision
 from configs.errors import Problem, alternatives
 from configs.models import FAMILIES
 from configs.schema import JobConfig
@@ -33,6 +34,7 @@ def check_job(config: JobConfig) -> list[Problem]:
         problems.append(Problem("model.flavor", config.model.flavor, what))
     misfits = check_layout(config, facts)
     problems += misfits or check_shrinking(config)
+    problems += check_precision(config, facts)
     problems += _check_validation(config) + check_evaluation(config) + _check_optimizer(config) + check_alerts(config)
     return problems + _check_checkpoint(config) + _check_numbers(config) + check_timeouts(config)
 

@@ -175,13 +175,27 @@ class ParallelismConfig(Section, frozen=True, kw_only=True):
 
 
 class PrecisionConfig(Section, frozen=True, kw_only=True):
-    """`[precision]`: dtype of the forward and backward (`auto`: bf16 on GPUs, fp32 on CPU) and of reductions.
+    """`[precision]`: what matrices are multiplied in. Master weights and optimizer state are fp32.
 
-    Master weights and optimizer state are fp32.
+    recipe: `auto` is bf16 on GPUs and fp32 on CPU. The fp8, mxfp8 and nvfp4 ones convert the linear layers and experts
+    of the decoder's layers, but not routers, the head, the first keep_first_layers and last keep_last_layers, and
+    modules with one of the names in keep_modules. backend computes them: Transformer Engine, torchao, or plain
+    torch on the rounded numbers (`emulated`, everywhere, slow); `auto` takes the best one that there is.
+
+    param_dtype: of all that the recipe leaves alone (`auto`: bf16 on GPUs, fp32 on CPU); reduce_dtype: of sums of
+    gradients. reuse_weights: a weight is rounded once a step and kept, not once a microbatch; `auto` does where weights
+    are not sharded. amax_history_steps: how far back fp8_delayed looks.
     """
 
+    recipe: Literal["auto", "fp32", "bf16", "fp8_current", "fp8_block", "fp8_delayed", "mxfp8", "nvfp4"] = "auto"
+    backend: Literal["auto", "te", "torchao", "emulated"] = "auto"
     param_dtype: Literal["auto", "bf16", "fp32"] = "auto"
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    keep_first_layers: NonNegative = 1
+    keep_last_layers: NonNegative = 1
+    keep_modules: tuple[str, ...] = ()
+    reuse_weights: Literal["auto", "on", "off"] = "auto"
+    amax_history_steps: Positive = 16
 
 
 class CheckpointConfig(Section, frozen=True, kw_only=True):
@@ -314,8 +328,9 @@ class NumbersConfig(Section, frozen=True, kw_only=True):
     its lowest median; not before step warmup_steps, and not while fewer than half of window_steps are known. After
     max_skips such steps among skip_window_steps (0: never) the run goes back to before the first of them and leaves
     out their batches, up to the first sane one, at most max_stretch_steps of them. If the trouble comes back at the
-    same place, it goes back back_steps further each time, and stops with the next after max_rollbacks. Every
-    layers_interval_steps (0: never) the gradients of each layer and the load of each expert are looked at.
+    same place, it goes back back_steps further each time. With the next after max_rollbacks it goes on in bf16, if it
+    was computed in less and leave_low_precision says so, and stops with the one after that. Every layers_interval_steps
+    (0: never) the gradients of each layer and the load of each expert are looked at.
     """
 
     window_steps: Annotated[int, msgspec.Meta(ge=4, le=256)] = 64
@@ -326,6 +341,7 @@ class NumbersConfig(Section, frozen=True, kw_only=True):
     max_stretch_steps: Positive = 16
     back_steps: NonNegative = 16
     max_rollbacks: NonNegative = 3
+    leave_low_precision: bool = True
     layers_interval_steps: NonNegative = 50
 
 

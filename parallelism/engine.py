@@ -17,8 +17,11 @@ from parallelism.clock import Clock, Part
 from parallelism.gradients import clip_by_global_norm
 from parallelism.initialise import derive_seed, materialise
 from parallelism.losses import StepLoss
+from parallelism.lowp import build_lowp
+from parallelism.lowp_state import Lowp
 from parallelism.mesh import MeshCoords, World, coords_of, loss_ranks
 from parallelism.optimizer import ShardedOptimizer, build_optimizer, local_of
+from parallelism.precision import Precision, card_of, choose, installed
 from parallelism.state import build_states
 from parallelism.uncounted import evaluation, forget_trial_runs
 from parallelism.updates import check_patterns
@@ -28,8 +31,9 @@ class Engine:
     """A model and its optimizer on this rank. Built by `build_engine`; every rank calls every method in step.
 
     coords: where this rank stands. n_params and flops_per_token are those of the whole model. clock: is told what
-    this rank computes; one that runs may be put in its place. z_loss: this rank's share of the last step's, as the
-    loss's, a detached scalar; zero where there is none.
+    this rank computes; one that runs may be put in its place. precision: what is computed in; converted: how many
+    matrices of the whole model are multiplied in less than 16 bits. z_loss: this rank's share of the last step's, as
+    the loss's, a detached scalar; zero where there is none.
     """
 
     def __init__(
@@ -45,8 +49,12 @@ class Engine:
         states: dict[str, Stateful],
         counters: list[Tensor],
         loss: StepLoss,
+        precision: Precision,
+        lowp: Lowp | None,
     ) -> None:
         self.config = config
+        self.precision = precision
+        self.lowp = lowp
         self.device = device
         self.coords = coords
         self.parts: list[nn.Module] = pipeline.parts
@@ -165,6 +173,8 @@ class Engine:
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update(step)
+        if self.lowp is not None:
+            self.lowp.updated()
         self.clock.switch(Part.OTHER)
 
     def discard_update(self) -> None:
@@ -173,6 +183,8 @@ class Engine:
         with torch.no_grad():
             for counter in self.expert_counters:
                 counter.zero_()
+        if self.lowp is not None:
+            self.lowp.forget()
 
     def seed_step(self, step: int, dp_rank: int | None = None) -> None:
         """Seed torch's generators from (run.seed, step, dp rank), so that there is no generator state to save.
@@ -181,6 +193,13 @@ class Engine:
         """
         share = self.dp_rank if dp_rank is None else dp_rank
         torch.manual_seed(derive_seed(self.config.run.seed, "step", step, share))
+        if self.lowp is not None:
+            self.lowp.begin(step, share)
+
+    @property
+    def converted(self) -> int:
+        """See above."""
+        return 0 if self.lowp is None else len(self.lowp.sites)
 
     def gradients(self) -> list[Tensor | None]:
         """The local gradients as the next update will take them, in the order of `optimizer.slots`."""
@@ -188,7 +207,8 @@ class Engine:
         return [None if gradient is None else local_of(gradient) for gradient in found]
 
     def state(self) -> dict[str, Stateful]:
-        """`model`, `optimizer` and, where there is one, `ema`: live tensors by layout-independent names."""
+        """`model`, `optimizer` and, where there is one, `ema`, and `precision` if scales are state: live tensors by
+        layout-independent names."""
         return self.states
 
 
@@ -201,16 +221,20 @@ def build_engine(config: JobConfig, world: World, *, init_weights: bool = True) 
         init_weights: False leaves weights unset, for a caller that loads a snapshot into `state()` next.
 
     Raises:
-        ValueError: the model cannot be laid out as configured.
+        ValueError: the model cannot be laid out as configured, or the device cannot compute in the configured recipe.
     """
+    precision = choose(config, card_of(world.device), installed())
     titan.prepare_process(world.device)
-    plan = titan.blueprint(config, world.device)
+    lowp = build_lowp(config, precision, world.device)
+    plan = titan.blueprint(config, world.device, lowp)
     check_patterns(config.optimizer, {titan.canonical_name(n): p.ndim for n, p in plan.model.named_parameters()})
     dims = titan.build_dims(config, world)
     loss = StepLoss(config.training.z_loss, config.training.global_batch_size * config.training.seq_len)
-    pipeline = titan.parallelise(plan, config, dims, world.device, loss)
+    pipeline = titan.parallelise(plan, config, dims, world.device, precision.param_dtype, loss)
+    if lowp is not None:
+        lowp.materialise(world.device)
     if pipeline.schedule is not None:
-        forget_trial_runs(pipeline.schedule, pipeline.parts, loss)
+        forget_trial_runs(pipeline.schedule, pipeline.parts, [loss.forget, *([lowp.forget] if lowp else [])])
     for part in pipeline.parts:
         materialise(part, world.device, config.run.seed, init_weights)
     optimizer = build_optimizer(config, pipeline.parts)
@@ -224,7 +248,9 @@ def build_engine(config: JobConfig, world: World, *, init_weights: bool = True) 
         pipeline=pipeline,
         optimizer=optimizer,
         average=average,
-        states=build_states(pipeline.parts, optimizer, average),
+        states=build_states(pipeline.parts, optimizer, average, lowp),
         counters=titan.expert_token_counters(pipeline.parts),
         loss=loss,
+        precision=precision,
+        lowp=lowp,
     )

@@ -10,8 +10,11 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from configs.precision import is_low
 from configs.schema import JobConfig, OptimizerConfig, ParallelismConfig
 from parallelism import titan
+from parallelism.lowp import build_lowp
+from parallelism.precision import Precision
 from parallelism.updates import rule_of
 
 
@@ -19,12 +22,21 @@ class Outline:
     """What a snapshot of a job holds, and under which keys torchtitan's own state dict has it. Nothing has storage.
 
     tensors: the model's logical tensors by canonical name, in the model's order; parameters: those that the optimizer
-    updates. has_average: whether an average of those is kept. spec: torchtitan's. The two differ from torchtitan's
-    state dict in two ways: its modules split a fused query-key-value projection, and it repeats tied weights.
+    updates. has_average: whether an average of those is kept. scales: shape of the largest values of past steps, None
+    if the recipe keeps none. spec: torchtitan's. The two differ from torchtitan's state dict in two ways: its modules
+    split a fused query-key-value projection, and it repeats tied weights.
     """
 
-    def __init__(self, spec: Any, model: nn.Module, optimizer: OptimizerConfig, has_average: bool) -> None:
+    def __init__(
+        self,
+        spec: Any,
+        model: nn.Module,
+        optimizer: OptimizerConfig,
+        has_average: bool,
+        scales: tuple[int, ...] | None,
+    ) -> None:
         self.spec = spec
+        self.scales = scales
         self.model = model
         self.optimizer = optimizer
         self.has_average = has_average
@@ -95,5 +107,8 @@ def outline(config: JobConfig) -> Outline:
     plain = msgspec.structs.replace(config, model=model, parallelism=ParallelismConfig())
     device = torch.device("cpu")
     titan.prepare_process(device)
-    plan = titan.blueprint(plain, device)
-    return Outline(plan.spec, plan.model, config.optimizer, config.ema.decay > 0)
+    recipe = config.precision.recipe
+    lowp = build_lowp(plain, Precision(recipe, "emulated", "fp32"), device) if is_low(recipe) else None
+    plan = titan.blueprint(plain, device, lowp)
+    scales = None if lowp is None else lowp.history_shape
+    return Outline(plan.spec, plan.model, config.optimizer, config.ema.decay > 0, scales)

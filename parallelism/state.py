@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from parallelism.average import WeightAverage
+from parallelism.lowp_state import Lowp, ScalesState
 from parallelism.optimizer import ShardedOptimizer
 from parallelism.titan import canonical_name
 
@@ -48,14 +49,18 @@ class OptimizerState(Stateful):
 
 
 def build_states(
-    parts: list[nn.Module], optimizer: ShardedOptimizer, average: WeightAverage | None
+    parts: list[nn.Module], optimizer: ShardedOptimizer, average: WeightAverage | None, lowp: Lowp | None
 ) -> dict[str, Stateful]:
-    """The snapshot's view of a built model, its optimizer and, if there is one, the average of its weights."""
+    """The snapshot's view of a built model, its optimizer, the average of its weights and its scales, if there are."""
     states: dict[str, Stateful] = {
         "model": ModelState(_model_tensors(parts)),
         "optimizer": OptimizerState(optimizer.moments(), optimizer.counters()),
     }
-    return states if average is None else states | {"ema": average}
+    if average is not None:
+        states["ema"] = average
+    if lowp is not None and lowp.history is not None:
+        states["precision"] = ScalesState(lowp.history)
+    return states
 
 
 def _model_tensors(parts: list[nn.Module]) -> dict[str, Tensor]:

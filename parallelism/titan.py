@@ -1,4 +1,4 @@
-"""The one place that imports torchtitan (0.3.0), and where each of its quirks is met.
+"""The one place that imports torchtitan (0.3.0; with `lowp_modules`), and where each of its quirks is met.
 
 Written against torch 2.13; what differs between the versions we allow (2.11 to 2.13) and torchtitan's own target:
 
@@ -31,6 +31,7 @@ import torch.distributed.fsdp
 from torch import Tensor, nn
 
 from configs.schema import JobConfig, ModelConfig
+from parallelism.lowp_state import Lowp
 from parallelism.mesh import World
 
 SPMD_BACKEND = "partial_dtensor"
@@ -112,8 +113,8 @@ def build_dims(config: JobConfig, world: World) -> Any:
     return dims
 
 
-def blueprint(config: JobConfig, device: torch.device) -> Blueprint:
-    """The model of `config` on the meta device.
+def blueprint(config: JobConfig, device: torch.device, lowp: Lowp | None = None) -> Blueprint:
+    """The model of `config` on the meta device. lowp: what its converted modules share; None: none is converted.
 
     Raises:
         ValueError: torchtitan has no such flavour, or the configuration asks for what the family cannot do.
@@ -123,6 +124,10 @@ def blueprint(config: JobConfig, device: torch.device) -> Blueprint:
     if with_flex and device.type == "cpu":
         raise ValueError("model.attention = 'flex' has no backward on CPU; use 'auto' or 'sdpa'")
     _prepare_model_config(spec.model, config, with_flex)
+    if lowp is not None:
+        from parallelism.lowp_modules import convert
+
+        convert(spec.model, config, lowp)
     with torch.device("meta"), _one_rope_table():
         model = spec.model.build()
     n_params, flops_per_token = spec.model.get_nparams_and_flops(model, config.training.seq_len)
@@ -245,15 +250,21 @@ def _declare_sharding(model: Any, config: JobConfig) -> None:
 
 
 def parallelise(
-    plan: Blueprint, config: JobConfig, dims: Any, device: torch.device, loss: Callable[[Tensor, Tensor], Tensor]
+    plan: Blueprint,
+    config: JobConfig,
+    dims: Any,
+    device: torch.device,
+    param_dtype: str,
+    loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Pipeline:
     """Cut the meta model into this rank's stages and shard them. No storage is allocated.
 
-    loss: of one microbatch's logits and labels, for a pipeline to call.
+    param_dtype: fp32 or bf16, what parameters are gathered and activations computed in. loss: of one microbatch's
+    logits and labels, for a pipeline to call.
     """
     from torchtitan.config import CompileConfig
 
-    training, layout = _titan_configs(config, device)
+    training, layout = _titan_configs(config, param_dtype)
     arguments = {
         "parallel_dims": dims,
         "training": training,
@@ -279,13 +290,10 @@ def parallelise(
     return pipeline
 
 
-def _titan_configs(config: JobConfig, device: torch.device) -> tuple[Any, Any]:
+def _titan_configs(config: JobConfig, param_dtype: str) -> tuple[Any, Any]:
     from torchtitan.config import ParallelismConfig, TrainingConfig
 
     training, layout = config.training, config.parallelism
-    param_dtype = config.precision.param_dtype
-    if param_dtype == "auto":
-        param_dtype = "fp32" if device.type == "cpu" else "bf16"
     names = {"bf16": "bfloat16", "fp32": "float32"}
     titan_training = TrainingConfig(
         local_batch_size=training.global_batch_size // config.dp_degree,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ import torch.distributed.fsdp
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from parallelism.losses import StepLoss
 from parallelism.titan import expert_token_counters
 
 
-def forget_trial_runs(schedule: Any, parts: list[nn.Module], loss: StepLoss) -> None:
-    """Have no expert count the tokens of a stage's trial runs, nor the loss, and no recorder note what they send.
+def forget_trial_runs(schedule: Any, parts: list[nn.Module], forget: Sequence[Callable[[], object]]) -> None:
+    """Have no expert count the tokens of a stage's trial runs, and no recorder note what they send.
+
+    forget: what to call after each, for what else it may have left behind.
 
     Before its first step, and after each evaluation, a pipeline runs its stages once to learn the shapes that they
     exchange, on uninitialised memory where the real activations come from another rank. A step begins with empty
@@ -26,10 +27,11 @@ def forget_trial_runs(schedule: Any, parts: list[nn.Module], loss: StepLoss) -> 
     def forgetting(prepare: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             result = _unrecorded(prepare)(*args, **kwargs)
-            loss.forget()
             with torch.no_grad():
                 for counter in expert_token_counters(parts):
                     counter.zero_()
+                for each in forget:
+                    each()
             return result
 
         return run

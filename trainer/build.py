@@ -97,6 +97,8 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
     engine = build_engine(
         config, World(context.rank, context.world_size, context.local_rank, device), init_weights=not begun
     )
+    if context.rank == 0 and (engine.precision.low or context.start.recipe):
+        context.note(FactKind.PRECISION, _precision_words(engine))
     context.heart.beat(Phase.LOADING)
     snapshots = SnapshotManager(
         engine.state(),
@@ -142,7 +144,9 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         copies=CopyWait(context, snapshots, config.checkpoint.peer_wait_s) if context.start.wait_for_copies else None,
         loaded=(loaded.generation, loaded.step) if loaded else (0, 0),
         from_memory=loaded is not None and loaded.tier == "ram",
-        canary=canary(context, config, loaded, batch_of(step + 1, left_out)) if loaded else None,
+        canary=canary(context, config, loaded, batch_of(step + 1, left_out), engine.precision.recipe)
+        if loaded
+        else None,
         persisted_s=time.monotonic(),
         validation=build_validation(config, engine, context.heart, eod_id, vocab_size),
         clock=start_clock(engine, context, config.health.probe_steps, stack),
@@ -157,6 +161,15 @@ def build_rank(context: RankContext, config: JobConfig, stack: contextlib.ExitSt
         ),
         replay=Replay(context, config, engine, reader, eod_id),
         watch=NumbersWatch(config.numbers, config.training.steps, _watch_state(loaded)),
+    )
+
+
+def _precision_words(engine: Engine) -> str:
+    precision = engine.precision
+    if not precision.low:
+        return f"everything in {precision.recipe}"
+    return (
+        f"{engine.converted} matrices in {precision.recipe} ({precision.backend}), the rest in {precision.param_dtype}"
     )
 
 

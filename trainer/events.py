@@ -53,7 +53,8 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     reads. All three: see `trainer.history`.
     peers: `host:port` of agents that may hold copies of this node's shards.
     wait_for_copies: whether anybody may ever take copies of this node's snapshots. node_dir: the node's folder on its
-    own disk, "" if it has none. layout: the mesh of this generation, None for the configuration's own.
+    own disk, "" if it has none. layout: the mesh of this generation, None for the configuration's own. recipe: what the
+    supervisor has lowered the precision recipe to, "" for the configured.
     """
 
     run_dir: str
@@ -68,6 +69,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     wait_for_copies: bool = False
     node_dir: str = ""
     layout: Layout | None = None
+    recipe: str = ""
 
 
 class StepTimes(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -93,7 +95,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     t_wall_s: when the step ended, the validation after it included, which step_s is without. batch: position of the
     batch that it read, 0 if that is not known. z_loss: what was minimised beside the loss. expert_*: see
     `trainer.layers.Balance`, at the last look since the row before. ranks: how many computed it, 0 in lines of before
-    that could change.
+    that could change. mfu_pct is against the card's bf16 peak, mfu_recipe_pct against that of the recipe's own format,
+    where it is less than bf16. recipe: what was computed in, "" if that is not known; converted: how many matrices of
+    the model are multiplied in it.
     """
 
     step: int
@@ -121,6 +125,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     expert_entropy: float | None = None
     expert_max_over_mean: float | None = None
     ranks: int = 0
+    mfu_recipe_pct: float | None = None
+    recipe: str = ""
+    converted: int = 0
 
 
 class Oddity(enum.StrEnum):
@@ -153,6 +160,7 @@ class FactKind(enum.StrEnum):
     NUMBERS_ODD = "numbers_odd"
     ROLLBACK_WANTED = "rollback_wanted"
     FIRST_STEP = "first_step"
+    PRECISION = "precision"
     STOPPING = "stopping"
     EVALUATED = "evaluated"
     EVALUATION_FAILED = "evaluation_failed"

@@ -15,12 +15,13 @@ from checkpointing.keep import VALIDATION_LOSS
 from checkpointing.layout import Json
 from checkpointing.segment import PersistTo
 from checkpointing.verify import committed_generation
+from configs.precision import LOW
 from parallelism.clock import Part
 from parallelism.schedule import learning_rate
 from trainer.build import Rank
 from trainer.canary import CanaryError, differs
 from trainer.events import FactKind, Phase, StepRecord
-from trainer.metrics import bf16_peak_tflops, host_memory_gib, utilisation_pct
+from trainer.metrics import host_memory_gib, peak_tflops, utilisation_pct
 from trainer.numbers import NUMBERS, Finding
 from trainer.replay import Work
 from trainer.trouble import leave_update_out, wait_to_go_back
@@ -241,7 +242,8 @@ def make_record(rank: Rank, stats: StepStats, step_s: float) -> StepRecord | Non
     tokens_per_s = rank.engine.global_tokens / step_s / config.world_size
     tflops = tokens_per_s * rank.engine.flops_per_token / 1e12
     memory_gib, memory_pct = _memory(rank.device)
-    peak = bf16_peak_tflops(torch.cuda.get_device_name(rank.device)) if rank.device.type == "cuda" else None
+    card = torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else ""
+    low = LOW.get(rank.engine.precision.recipe)
     return StepRecord(
         step=step,
         steps=config.training.steps,
@@ -257,7 +259,10 @@ def make_record(rank: Rank, stats: StepStats, step_s: float) -> StepRecord | Non
         tokens_seen=rank.tokens_seen,
         tokens_per_sec_per_gpu=tokens_per_s,
         tflops_per_gpu=tflops,
-        mfu_pct=utilisation_pct(tflops, peak),
+        mfu_pct=utilisation_pct(tflops, peak_tflops(card)),
+        mfu_recipe_pct=utilisation_pct(tflops, peak_tflops(card, low.bits)) if low else None,
+        recipe=rank.engine.precision.recipe,
+        converted=rank.engine.converted,
         memory_gib=memory_gib,
         memory_pct=memory_pct,
         skipped=stats.skipped,

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from configs.load import load_job
+from configs.precision import lowered_to
 from configs.shrinking import effective
 from configs.timeouts import derive
 from trainer.events import Fact, FactKind, Heart, HeartbeatFile, Oddity, Phase, WorkerError, WorkerStart, append_line
@@ -103,7 +104,8 @@ def _run(context: RankContext, started_s: float) -> None:
     from trainer.build import build_rank
     from trainer.loop import train
 
-    config = effective(load_job(config_path(context.run_dir)), context.start.layout)
+    configured = effective(load_job(config_path(context.run_dir)), context.start.layout)
+    config = lowered_to(configured, context.start.recipe)
     timeouts = derive(config)
     witness = Witness(context.ram_dir, context.local_rank, context.rank)
     witness.open(config.health.flight_record_entries, os.environ)

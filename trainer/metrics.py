@@ -5,22 +5,23 @@ from __future__ import annotations
 import resource
 from collections.abc import Mapping
 
-# Dense bf16 peak in TFLOP/s without sparsity, by a part of the device's name. Sources: NVIDIA's data sheets.
-_BF16_PEAK_TFLOPS: Mapping[str, float] = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "GB200": 2500.0,
-    "B200": 2250.0,
-    "B300": 2250.0,
-    "A100": 312.0,
+# Dense peak in TFLOP/s without sparsity by the bits of an element, by a part of the device's name. Sources: NVIDIA's
+# data sheets.
+_PEAK_TFLOPS: Mapping[str, Mapping[int, float]] = {
+    "H100 PCIe": {16: 756.0, 8: 1513.0},
+    "H100 NVL": {16: 835.0, 8: 1671.0},
+    "H100": {16: 989.0, 8: 1979.0},
+    "H200": {16: 989.0, 8: 1979.0},
+    "GB200": {16: 2500.0, 8: 5000.0, 4: 10000.0},
+    "B200": {16: 2250.0, 8: 4500.0, 4: 9000.0},
+    "B300": {16: 2250.0, 8: 4500.0, 4: 13500.0},
+    "A100": {16: 312.0},
 }
 
 
-def bf16_peak_tflops(device_name: str) -> float | None:
-    """Peak of a card by its name; None for a card (or a CPU) that is not in the table."""
-    return next((peak for part, peak in _BF16_PEAK_TFLOPS.items() if part in device_name), None)
+def peak_tflops(device_name: str, bits: int = 16) -> float | None:
+    """Peak of a card by its name; None for a card (or a CPU) that is not in the table, or does not have the format."""
+    return next((peaks.get(bits) for part, peaks in _PEAK_TFLOPS.items() if part in device_name), None)
 
 
 def utilisation_pct(tflops: float, peak_tflops: float | None) -> float | None:

@@ -93,15 +93,20 @@ def complete_metrics(metrics: LineFile, loaded: LoadedSnapshot) -> None:
         metrics.keep(record)
 
 
-def canary(context: RankContext, config: JobConfig, loaded: LoadedSnapshot, batch: int) -> float | None:
+def canary(
+    context: RankContext, config: JobConfig, loaded: LoadedSnapshot, batch: int, recipe: str
+) -> float | None:  # fmt: skip
     """The loss that was logged for the step after the loaded one, the same answer on every rank. Collective.
 
-    batch: what that step reads now; a loss on another batch says nothing.
+    batch, recipe: what that step reads, and is computed in, now; a loss on another batch or in another recipe says
+    nothing.
     """
     found = None
     if context.rank == 0:
         found = logged_record(metrics_path(context.run_dir), loaded.step + 1, loaded.generation)
     if found is not None and found.batch and found.batch != batch:
+        found = None
+    if found is not None and found.recipe not in ("", recipe):
         found = None
     loss = found.loss_avg if found is not None and config.checkpoint.canary_tolerance > 0 else None
     box = torch.tensor([math.nan if loss is None else loss], dtype=torch.float64)

@@ -14,7 +14,7 @@ KEYS = [
     for section in msgspec.structs.fields(JobConfig)
     for field in msgspec.structs.fields(section.type)
 ]
-MAY_CHANGE = {"run.dir", "data.prefetch_steps"} | {
+MAY_CHANGE = {"run.dir", "data.prefetch_steps", "precision.reuse_weights"} | {
     f"training.{name}" for name in ("steps", "microbatch_size", "compile", "activation_checkpoint")
 }
 

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from cluster import suspicions
 from cluster.actions import Stop, action_event
-from cluster.events import ActionTaken, WorkersReported
+from cluster.events import ActionTaken, Back, WorkersReported
 from cluster.fleet import common_snapshot
 from cluster.jobstate import JobState
 from cluster.policy import decide
 from cluster.policy_numbers import Rollback
 from cluster.state import apply, replay
-from configs.schema import DataConfig, JobConfig, LeaveOut, NumbersConfig
+from configs.schema import DataConfig, JobConfig, LeaveOut, NumbersConfig, PrecisionConfig
 from health.verdict import Cause, Severity, Verdict
 from tests.unit import stories
 from tests.unit.test_fleet import view
@@ -113,6 +113,59 @@ def test_at_the_same_place_it_goes_further_back_and_then_stops() -> None:
     assert isinstance(third, Stop)
     assert third.exit_code == 93
     assert "the data is not to blame" in third.reason
+
+
+def in_fp8(config: JobConfig, **numbers: object) -> JobConfig:
+    precision = PrecisionConfig(recipe="fp8_current")
+    changed = msgspec.structs.replace(config.numbers, **numbers)
+    return msgspec.structs.replace(config, precision=precision, numbers=changed)
+
+
+def test_a_run_in_fp8_leaves_it_before_it_stops() -> None:
+    """Going back and leaving data out did not help: the same steps again, in the precision of the rest; then stop."""
+    config = in_fp8(job(back_steps=4, max_rollbacks=2))
+    state, _ = trouble(running(10, 20), 25, 3, config)
+    state, second = trouble(state, 26, 2, config)
+    assert isinstance(second, Rollback)
+    assert (second.recipe, state.recipe) == ("", "")
+    left_out = state.left_out
+    state, third = trouble(state, 25, 1, config)
+    assert isinstance(third, Rollback)
+    assert third.recipe == "auto"
+    assert third.left_out == ()
+    assert third.to_step == 16
+    assert "without fp8_current" in third.reason
+    assert (state.recipe, state.left_out) == ("auto", left_out)
+    state, fourth = trouble(state, 25, 1, config)
+    assert isinstance(fourth, Stop)
+    assert fourth.exit_code == 93
+    assert "nor is fp8_current, which it has left" in fourth.reason
+
+
+def test_what_a_run_went_over_to_is_for_ever() -> None:
+    """Also after another supervisor, and for every later generation; old journals know of none."""
+    config = in_fp8(job(max_rollbacks=1))
+    state, _ = trouble(running(10, 20), 25, 3, config)
+    state, _ = trouble(state, 25, 3, config)
+    assert state.recipe == "auto"
+    state = apply(apply(state, stories.stopped(75, 20.0)), stories.started(2, 21.0))
+    assert state.recipe == "auto"
+    _, elsewhere = trouble(state, 225, 1, config)
+    assert isinstance(elsewhere, Rollback)
+    assert elsewhere.recipe == ""
+    old = b'{"generation":1,"step":5,"to_step":4,"left_out":[]}'
+    assert msgspec.json.decode(old, type=Back).recipe == ""
+
+
+@pytest.mark.parametrize("change", [{"leave_low_precision": False}, {"max_rollbacks": 0}])
+def test_it_stays_in_fp8_where_it_shall_not_leave_it(change: dict[str, object]) -> None:
+    """As if there were no such rung; nor is anything gone over to by a run that may not go back at all."""
+    config = in_fp8(job(max_rollbacks=1), **change)
+    state, action = trouble(running(10, 20), 25, 3, config)
+    if isinstance(action, Rollback):
+        state, action = trouble(state, 25, 3, config)
+    assert isinstance(action, Stop)
+    assert state.recipe == ""
 
 
 def test_at_another_place_it_begins_anew() -> None:
