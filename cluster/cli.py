@@ -246,8 +246,11 @@ def _print_report(run_dir: RunDir, console: Console, write: bool, ended: bool) -
 
 def _config(command: Config, overrides: Sequence[str]) -> int:
     from configs.load import load_job, resolve_toml
+    from configs.shrinking import words_about_sizes
 
-    sys.stdout.write(resolve_toml(load_job(command.config, overrides)))
+    config = load_job(command.config, overrides)
+    sys.stderr.write(f"{config.run.name}: {words_about_sizes(config)}\n")
+    sys.stdout.write(resolve_toml(config))
     return ExitCode.DONE
 
 

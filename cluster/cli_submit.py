@@ -90,9 +90,11 @@ class Readmit:
 def submit(command: Submit, overrides: Sequence[str]) -> int:
     """Check everything that can be checked here, then submit, or print what would be."""
     from cluster.backend import Submission, open_backend, read_submission, write_submission
+    from configs.shrinking import words_about_sizes
 
     request = _request(command, overrides)
     backend = open_backend(command.cluster, request.profile)
+    sys.stderr.write(f"{request.config.run.name}: {words_about_sizes(request.config)}\n")
     if command.dry_run:
         sys.stdout.write(backend.render(request))
         return ExitCode.DONE

@@ -100,7 +100,7 @@ def summary(
         goodput=goodput,
         report=str(Path(config.run.dir) / config.run.name / REPORT_MD),
         size=size_now(config, state),
-        resizes=tuple(f"{_clock(each.t_wall_s)}: {each.nodes} nodes: {each.reason}" for each in state.resizes),
+        resizes=tuple(f"{_clock(each.t_wall_s)}: {_nodes(each.nodes)}: {each.reason}" for each in state.resizes),
     )
 
 
@@ -206,6 +206,10 @@ def size_now(config: JobConfig, state: JobState) -> str:
         return ""
     since = f" since {_clock(state.resizes[-1].t_wall_s)}: {state.resizes[-1].reason}" if state.resizes else ""
     return f"{size_words(len(state.order), config)}{since}"
+
+
+def _nodes(count: int) -> str:
+    return "1 node" if count == 1 else f"{count} nodes"
 
 
 def _clock(t_wall_s: float) -> str:

@@ -366,7 +366,7 @@ class Supervisor:
         if self.rescuing.waits(wanted.number, wanted.world_size, self.views, self.state, now, self.broadcast):
             return
         plan = wanted.make(self.state)
-        reason = wanted.reason + resumed_words(plan, self.state, self.noticing.progress.newest_step)
+        reason = wanted.reason.rstrip(".") + resumed_words(plan, self.state, self.noticing.progress.newest_step)
         self.emit(plan_event, plan=plan, gather=wanted.gather, reason=reason)
         self._follow(plan)
 

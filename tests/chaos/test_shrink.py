@@ -19,11 +19,12 @@ from trainer.ledger import check_exactly_once, committed_samples
 
 pytestmark = pytest.mark.chaos
 
-STEPS = 16
+STEPS = 12
 BATCH = 8
 ALONE = (
     "--cluster.spares", "0", "--cluster.shrink", "true", "--cluster.grow_after_minutes", "0",
     "--cluster.burn_in_hours", "0", "--health.restart_cost_s", "0.1", "--training.steps", str(STEPS),
+    "--health.hang_floor_s", "120",
 )  # fmt: skip
 FSDP = ("--parallelism.dp_shard", "4", "--parallelism.tp", "1")
 LAYOUTS = {"fsdp-tp": (), "fsdp": FSDP, "pp-fsdp": ("--parallelism.pp", "2", "--parallelism.tp", "1")}
@@ -31,10 +32,21 @@ NO_COPIES = ("--checkpoint.peer_copies", "0", "--checkpoint.persist_interval_ste
 MEMORY_ONLY = ("--checkpoint.persist_interval_steps", "1000")
 
 
-def readmit(job: Job, node: str) -> None:
-    """What a person says who has repaired a node."""
+def bring_back(job: Job, node: str, other: str) -> None:
+    """A person says that the node is repaired; until its agent is up again, a rank stands still, so that the run is not
+    over by then."""
     words = ["readmit", node, "--reason", "repaired", "--history", str(job.run_dir / "nodes.jsonl")]
+    held = faults.rank_process(job.run_dir, other, 0)
+    held.suspend()
     subprocess.run([sys.executable, "-m", "cluster.cli", *words], cwd=job.home, check=True, capture_output=True)
+    job.wait_until(lambda: sum(each == node for each in ready(job)) == 2, "the return")
+    held.resume()
+    job.wait_until(lambda: "grow" in job.actions(), "the growth")
+
+
+def ready(job: Job) -> list[str]:
+    """Each time a node got ready."""
+    return [event.node for event in job.events() if isinstance(event, events.NodeReady)]
 
 
 def sizes(job: Job) -> dict[int, int]:
@@ -87,7 +99,7 @@ def test_a_lost_node_makes_the_job_smaller_and_its_return_larger_again(
     job.wait_for_step(3)
     faults.kill_node(job.run_dir, "node1")
     wait_for_size(job, 2)
-    readmit(job, "node1")
+    bring_back(job, "node1", "node0")
     assert job.finish() == 0, job.said()
     assert (job.causes(), job.actions()) == (["node_lost"], ["shrink", "grow"])
     assert plans(job) == [("node0", "node1"), ("node0",), ("node0", "node1")]
@@ -126,7 +138,7 @@ def test_it_grows_back_on_other_layouts(layout: str, make_job: MakeJob, undistur
     job.wait_for_step(3)
     faults.kill_node(job.run_dir, "node0")
     wait_for_size(job, 2)
-    readmit(job, "node0")
+    bring_back(job, "node0", "node1")
     assert job.finish() == 0, job.said()
     assert job.actions() == ["shrink", "grow"]
     assert plans(job) == [("node0", "node1"), ("node1",), ("node1", "node0")]
@@ -159,8 +171,7 @@ def test_a_supervisor_that_dies_while_the_job_grows_leaves_the_growth_to_the_nex
     job.wait_for_step(3)
     faults.kill_node(job.run_dir, "node1")
     wait_for_size(job, 2)
-    readmit(job, "node1")
-    job.wait_until(lambda: "grow" in job.actions(), "the growth")
+    bring_back(job, "node1", "node0")
     assert job.process is not None
     job.process.kill()
     job.process.wait()

@@ -113,7 +113,7 @@ def test_what_is_found_while_all_save_is_judged_when_they_go_on(tmp_path: Path) 
     turn_until(supervisor, lambda: supervisor.exit_code is not None or len(supervisor.state.incidents) == 2)
     told = [(each.verdict.cause, each.verdict.node, each.action) for each in supervisor.state.incidents]
     assert told[0] == (Cause.PREEMPTED, "node0", "replace")
-    assert told[1] == (Cause.GPU_FAULT, "node1", "stop"), "there is one spare"
+    assert told[1] == (Cause.GPU_FAULT, "node1", "shrink"), "there is one spare"
 
 
 def test_what_is_found_while_the_run_ends_is_remembered(tmp_path: Path) -> None:
