@@ -106,7 +106,7 @@ def test_a_run_that_fp8_does_not_suit_leaves_it_before_it_stops(make_job: MakeJo
         *SMALL, "--training.steps", "40", "--precision.recipe", "fp8_delayed", "--optimizer.lr", "3.0",
         "--optimizer.warmup_steps", "40", "--numbers.warmup_steps", "4", "--numbers.window_steps", "8",
         "--numbers.max_stretch_steps", "4", "--numbers.max_rollbacks", "1", "--numbers.back_steps", "3",
-        "--numbers.spike_z", "5",
+        "--numbers.spike_z", "5", "--health.heartbeat_timeout_s", "30", "--cluster.lease_timeout_s", "120",
     )  # fmt: skip
     job = make_job("leaves-fp8", options).start()
     assert job.finish() == ExitCode.DO_NOT_RESTART, job.said()

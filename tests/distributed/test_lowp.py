@@ -191,3 +191,14 @@ def test_torchao_trains_on_a_layout_as_the_emulation_does(recipe: str) -> None:
     config = tiny(dp_shard=2, tp=2)
     traces = [run_ranks(4, fresh, low(config, recipe, backend=each), 3) for each in ("emulated", "torchao")]
     assert [trace.digest for trace in traces[0]] == [trace.digest for trace in traces[1]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["fp8_current", "fp8_delayed", "mxfp8"])
+def test_torchao_can_be_compiled(recipe: str) -> None:
+    """A block is traced as a whole, and trains as the eager one does."""
+    pytest.importorskip("torchao")
+    eager = low(tiny(layers=1), recipe, backend="torchao")
+    compiled = with_training(eager, compile=True)
+    (one,), (other,) = (run_ranks(1, fresh, config, 3, timeout_s=500) for config in (eager, compiled))
+    assert other.losses == pytest.approx(one.losses, rel=TOLERANCE[recipe])
