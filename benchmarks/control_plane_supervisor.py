@@ -58,6 +58,14 @@ class Machines:
     def report_bad(self, node: str, reason: str) -> None:
         """Nobody to tell."""
 
+    def appeared(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def verdicts(self, step: int) -> tuple[()]:
+        """None."""
+        return ()
+
     def last_words(self, node: str) -> tuple[str, ...]:
         """None."""
         return ()

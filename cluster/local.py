@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from cluster.rundir import RunDir, safe_name
+from health.verdict import Verdict
 
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.01
@@ -79,6 +80,14 @@ class LocalScheduler:
                 child.wait(_KILL_TIMEOUT_S)
         shutil.rmtree(self.ram_root / safe_name(node, "node"), ignore_errors=True)
         _remove_semaphores(self.run_dir.semaphore_prefix(node))
+
+    def appeared(self) -> Sequence[str]:
+        """See `Scheduler`: nodes of this machine do not come by themselves."""
+        return ()
+
+    def verdicts(self, step: int) -> Sequence[Verdict]:
+        """See `Scheduler`: nobody else looks at these nodes."""
+        return ()
 
     def report_bad(self, node: str, reason: str) -> None:
         """Nobody else owns this machine; the runs' own history of nodes has it."""

@@ -85,7 +85,7 @@ def _run_locked(
         if newest_snapshot(run_dir.path) >= config.training.steps:
             return ExitCode.DONE
     history = HistoryFile(history_path(config, run_dir.path.parent))
-    memory = Remembering(watcher, history, config.run.name)
+    memory = Remembering(watcher, history, config.run.name, here=config.cluster.backend == "local")
     memory.open()
     host = own_address(config.cluster, socket.gethostname())
     with _listening(run_dir, host) as ears, _leased(run_dir, host) as keeper:

@@ -26,6 +26,7 @@ from cluster.jobstate import JobState
 from cluster.journal import Journal
 from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
 from cluster.noticing import Noticing, Suspicion
+from cluster.owners import Owners
 from cluster.policy_numbers import Rollback
 from cluster.rundir import RunDir
 from cluster.scheduler import Scheduler
@@ -73,6 +74,7 @@ class Supervisor:
         self.generations = Generations(config, self.views, state.generation)
         self.leaving: str = ""
         self.deciding = Deciding(self)
+        self.owners = Owners(self)
         self.inbox = Inbox()
         self.unacknowledged: dict[str, int] = {}
         self.journal_waits = False
@@ -92,6 +94,8 @@ class Supervisor:
             for report in self.socket.receive(_TICK_S):
                 self.take(report)
             now = time.monotonic()
+            self.owners.listen()
+            self.owners.look(now)
             self.watch(now)
             self.deciding.act(now)
             self.examine(now)
@@ -123,6 +127,9 @@ class Supervisor:
 
     def take(self, report: AgentReport) -> None:
         """Fold one agent's report into what is known, and answer it."""
+        if self.owners.is_former(report):
+            return
+        report = self.owners.informed(report)
         if report.node not in self.handles:
             if report.node in self.evicted:  # by the supervisor before this one
                 self.send_order(report.node)
@@ -146,7 +153,8 @@ class Supervisor:
         self.generations.hear(report)
         self.doctor.take(report)
         if report.readiness is not None and (known is None or known.report.readiness is None) and not report.generation:
-            self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid, hardware=report.hardware)
+            self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid, hardware=report.hardware,
+                      life=report.life)  # fmt: skip
         self._take_facts(report)
         if self.generations.runs(report):
             self._take_exits(report)
@@ -416,6 +424,7 @@ class Supervisor:
         assert self.exit_code is not None
         self.wish = Wish.SHUT_DOWN
         self.broadcast()
+        self.owners.close()
         deadline = time.monotonic() + (0.0 if self.interrupts > 1 else 10.0)
         # An agent that never spoke hears no order either.
         spoke = [handle for node, handle in self.handles.items() if node in self.views]

@@ -49,6 +49,12 @@ class Machines:
     def node_names(self, count: int) -> tuple[str, ...]:
         return ()
 
+    def appeared(self) -> tuple[str, ...]:
+        return ()
+
+    def verdicts(self, step: int) -> tuple[()]:
+        return ()
+
     def last_words(self, node: str) -> tuple[str, ...]:
         return ()
 
