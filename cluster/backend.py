@@ -30,7 +30,10 @@ class JobRequest(msgspec.Struct, frozen=True):
 
 
 class Submission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was submitted for a run, and where: kept in the run's folder. job_id is the cluster's own name for it."""
+    """What was submitted for a run, and where: kept in the run's folder. job_id is the cluster's own name for it.
+
+    runs: where its nodes keep runs, if that is not where this file is.
+    """
 
     run: str
     cluster: ClusterKind
@@ -38,6 +41,7 @@ class Submission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     t_wall_s: float
     namespace: str = ""
     context: str = ""
+    runs: str = ""
 
 
 class JobStatus(msgspec.Struct, frozen=True):

@@ -272,10 +272,16 @@ def _status(command: Status, _overrides: Sequence[str]) -> int:
 
 
 def _logs(command: Logs, _overrides: Sequence[str]) -> int:
+    from cluster.backend import read_submission
+    from cluster.cli_submit import logs_elsewhere
     from cluster.logs import find_logs, print_logs
-    from cluster.rundir import find_run
+    from cluster.rundir import RunDir, find_run_folder
 
-    paths = find_logs(find_run(command.run, command.dir), command.node, command.rank, command.agent)
+    run_dir = RunDir(find_run_folder(command.run, command.dir))
+    submission = read_submission(run_dir.path)
+    if submission is not None and not run_dir.config.exists() and (where := logs_elsewhere(submission)):
+        raise ValueError(where)
+    paths = find_logs(run_dir, command.node, command.rank, command.agent)
     with contextlib.suppress(KeyboardInterrupt):
         print_logs(paths, command.follow)
     return ExitCode.DONE

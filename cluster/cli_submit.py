@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -108,6 +109,7 @@ def submit(command: Submit, overrides: Sequence[str]) -> int:
         t_wall_s=time.time(),
         namespace=kubernetes.namespace if kubernetes else "",
         context=kubernetes.context if kubernetes else "",
+        runs=kubernetes.run_dir if kubernetes else "",
     )
     write_submission(request.run_dir, made)
     console = Console(soft_wrap=True)
@@ -155,6 +157,17 @@ def readmit(command: Readmit, _overrides: Sequence[str]) -> int:
 def scheduler_view(submission: Submission) -> JobStatus:
     """How the owner of the machines sees a run's job. OSError or ValueError if it cannot be asked."""
     return _backend_of(submission, _profile("")).status(submission.job_id)
+
+
+def logs_elsewhere(submission: Submission) -> str:
+    """Where to read the logs of a run of which this machine sees only the submission; "" if it must see all."""
+    if not submission.runs:
+        return ""
+    kind, _, name = submission.job_id.partition("/")
+    words = ["kubectl", *(["--context", submission.context] if submission.context else []), "exec"]
+    job = f"job/{name}-supervisor" if kind == "job" else f"job/{name}-supervisor-0"
+    words += ["-n", submission.namespace, job, "--", "everstep", "logs", submission.run, "--dir", submission.runs]
+    return f"run {submission.run!r} keeps its logs on a volume that is not here; there: {shlex.join(words)}"
 
 
 def _request(command: Submit, overrides: Sequence[str]) -> JobRequest:

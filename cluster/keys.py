@@ -57,7 +57,8 @@ def read_keys(path: Path) -> JobKeys:
     Raises:
         ValueError: if the file is damaged or others may read it.
     """
-    if _others_may_read(path.stat()):
+    status = path.stat()
+    if others_may_read(status.st_mode, status.st_uid, os.geteuid()):
         raise ValueError(f"{path} holds the job's keys and others may read it; run: chmod 600 {path}")
     try:
         return msgspec.json.decode(path.read_bytes(), type=JobKeys)
@@ -65,10 +66,13 @@ def read_keys(path: Path) -> JobKeys:
         raise ValueError(f"{path} is damaged ({error}); remove it while no job runs, and new keys are made") from None
 
 
-def _others_may_read(status: os.stat_result) -> bool:
-    """A Secret that is mounted in a pod is root's, and readable by the group of the pod's volumes alone."""
-    mounted = status.st_uid == 0 and os.geteuid() != 0 and status.st_mode & 0o077 == 0o040
-    return bool(status.st_mode & 0o077) and not mounted
+def others_may_read(mode: int, owner: int, me: int) -> bool:
+    """Whether a file is open to others than its owner and us. owner, me: ids of users.
+
+    A Secret that is mounted in a pod is root's, and readable by the group of the pod's volumes alone: that is us.
+    """
+    mounted = owner == 0 and me != 0 and mode & 0o077 == 0o040
+    return bool(mode & 0o077) and not mounted
 
 
 def _new_pair() -> KeyPair:

@@ -115,6 +115,9 @@ class KubeBackend:
                 continue
             if not _is_run(found, plan.name):
                 raise KubeError(_not_ours(path, plan), CONFLICT)
+            if found["metadata"].get("deletionTimestamp"):
+                self._await_gone(path)
+                continue
             if not is_over(found):
                 state = job_status(found, ()).detail
                 raise KubeError(

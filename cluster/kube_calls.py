@@ -46,7 +46,13 @@ class KubeClient:
         settings = client.Configuration()
         try:
             if context or _has_kubeconfig():
-                config.load_kube_config(context=context or None, client_configuration=settings, persist_config=False)
+                config.load_kube_config(
+                    # Named, since the client looks at the variable only when it is imported.
+                    config_file=os.environ.get("KUBECONFIG") or None,
+                    context=context or None,
+                    client_configuration=settings,
+                    persist_config=False,
+                )
             else:
                 config.load_incluster_config(client_configuration=settings)
         except (config.ConfigException, OSError) as error:

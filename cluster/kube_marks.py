@@ -35,9 +35,10 @@ def mark(node: Manifest, reason: str, taint: bool, out_of_service: bool = False)
     if not node.get("spec", {}).get("unschedulable", False):
         annotations[ANNOTATION_CORDONED] = "true"
     taints = _taints(node)
-    if taint:
-        taints = [*_without(taints, TAINT_BAD), {"key": TAINT_BAD, "value": "true", "effect": "NoSchedule"}]
-    if out_of_service and not any(each.get("key") == TAINT_OUT_OF_SERVICE for each in taints):
+    keys = {each.get("key") for each in taints}
+    if taint and TAINT_BAD not in keys:
+        taints.append({"key": TAINT_BAD, "value": "true", "effect": "NoSchedule"})
+    if out_of_service and TAINT_OUT_OF_SERVICE not in keys:
         taints.append({"key": TAINT_OUT_OF_SERVICE, "value": OUT_OF_SERVICE_VALUE, "effect": "NoExecute"})
     return _patch(node, annotations, {"unschedulable": True, "taints": taints})
 

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -53,15 +53,25 @@ class Pod(msgspec.Struct, frozen=True):
 class PodEntry:
     """Runs the agents that a pod is told to run, one at a time.
 
-    submission: see `cluster.kube_key.submission_of`. domain_given: the site has named the failure domain itself.
+    submission: see `cluster.kube_key.submission_of`. to: where the agents' output goes besides the run's logs.
+    domain_given: the site has named the failure domain itself. wrap: see `LocalScheduler`.
     """
 
-    def __init__(self, run_dir: RunDir, pod: Pod, submission: str, to: IO[bytes], domain_given: bool = False) -> None:
+    def __init__(
+        self,
+        run_dir: RunDir,
+        pod: Pod,
+        submission: str,
+        to: IO[bytes],
+        domain_given: bool = False,
+        wrap: Callable[[str], Sequence[str]] = lambda node: (),
+    ) -> None:
         self.run_dir = run_dir
         self.pod = pod
         self.submission = submission
         self.to = to
         self.domain_given = domain_given
+        self.wrap = wrap
         self._local: LocalScheduler | None = None
         self._agent = ""
         self._handle = ""
@@ -151,7 +161,7 @@ class PodEntry:
 
     def _start(self, order: PodOrder) -> None:
         config = load_job(self.run_dir.config)
-        self._local = LocalScheduler(self.run_dir, config.checkpoint.ram_dir)
+        self._local = LocalScheduler(self.run_dir, config.checkpoint.ram_dir, self.wrap)
         if order.domain and not self.domain_given:
             os.environ[DOMAIN] = order.domain
         log = self.run_dir.logs(order.agent_name) / "agent.log"
