@@ -46,11 +46,7 @@ def mark(node: Manifest, reason: str, taint: bool, out_of_service: bool = False)
 def unmark(node: Manifest) -> Manifest | None:
     """A merge patch that takes back all of ours; None if there is nothing."""
     annotations, taints = node.get("metadata", {}).get("annotations") or {}, _taints(node)
-    left = [
-        each
-        for each in _without(taints, TAINT_BAD)
-        if (each.get("key"), each.get("value")) != _OURS_OUT
-    ]
+    left = [each for each in _without(taints, TAINT_BAD) if (each.get("key"), each.get("value")) != _OURS_OUT]
     if not is_ours(node) and left == taints:
         return None
     spec: dict[str, Any] = {"taints": left}

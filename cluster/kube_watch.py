@@ -33,7 +33,12 @@ class Mirror(Generic[_T]):
     """
 
     def __init__(
-        self, api: KubeWatching, path: str, selector: str, read: Callable[[dict[str, Any]], _T], watch_s: float = _WATCH_S
+        self,
+        api: KubeWatching,
+        path: str,
+        selector: str,
+        read: Callable[[dict[str, Any]], _T],
+        watch_s: float = _WATCH_S,
     ) -> None:
         self.api = api
         self.path = path

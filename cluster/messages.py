@@ -141,9 +141,9 @@ class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report", gc=Fa
     copies of snapshots, "" for nowhere. domain: what it shares its fate with, a rack or a power line; "" for nothing.
     notice: why this node must go soon, "" if it need not. hardware: what makes the node this one (UUIDs of its GPUs).
     life: drawn at random by each agent, since in a container all have the same pid. verdicts: what this node's own
-    probes found. times: see `RankTimes`. evidence: the answer to `Order.collect`, repeated until something else is asked. sent_wall_s: this
-    node's clock. machine: what must be alike on all nodes, None while it is not known or workers run. measured: the
-    answer to `Order.measure`.
+    probes found. times: see `RankTimes`. evidence: the answer to `Order.collect`, repeated until something else is
+    asked. sent_wall_s: this node's clock. machine: what must be alike on all nodes, None while it is not known or
+    workers run. measured: the answer to `Order.measure`.
     """
 
     node: str
