@@ -113,7 +113,7 @@ class Kubelet(threading.Thread):
         self.kubeconfig = kubeconfig
         self.labels = {"kubernetes.io/hostname": node, **labels}
         self.containers: dict[str, Container] = {}
-        self._stop = threading.Event()
+        self._dead = threading.Event()
 
     def register(self) -> None:
         """Make the node known, as one that is ready; one that is known stays as it was."""
@@ -125,7 +125,7 @@ class Kubelet(threading.Thread):
 
     def run(self) -> None:
         """Until the node dies."""
-        while not self._stop.wait(_TICK_S):
+        while not self._dead.wait(_TICK_S):
             self.heard(self.node)
             pods = {
                 pod["metadata"]["uid"]: pod for pod in self.store.list(PODS) if pod["spec"].get("nodeName") == self.node
@@ -138,7 +138,7 @@ class Kubelet(threading.Thread):
 
     def lose_power(self) -> None:
         """No process of the node takes another step, and nobody is told."""
-        self._stop.set()
+        self._dead.set()
         for container in self.containers.values():
             container.send(signal.SIGKILL)
         self.join()
