@@ -172,11 +172,13 @@ def is_quarantined(annotations: Mapping[str, str]) -> bool:
 
 def _of_condition(condition: Condition, quarantined: bool, overruled: bool) -> Iterator[Trouble]:
     if condition.type == "Ready":
-        if condition.status != "True":
-            # Heartbeats say better and sooner whether the node is lost. A kubelet may only be restarting.
-            who = "the kubelet" if condition.status == "False" else "Kubernetes"
-            line = f"{who} says that it is not ready: {_words(condition)}"
-            yield _trouble(Cause.NODE_DEGRADED, _N, _HINT, f"Ready {condition.status}", line)
+        # Heartbeats say better and sooner whether the node is lost; a kubelet that is not heard may only be restarting.
+        if condition.status == "False":
+            line = f"the kubelet says that it is not ready: {_words(condition)}"
+            yield _trouble(Cause.NODE_DEGRADED, _N, _HINT, "Ready False", line)
+        elif condition.status != "True":
+            line = f"its kubelet is not heard: {_words(condition)}"
+            yield _trouble(Cause.NODE_DEGRADED, _S, _HINT, "Ready Unknown", line)
     elif condition.type == "CSPMaintenance":
         if condition.status == "True":
             yield _trouble(Cause.PREEMPTED, _N, _LIKELY, condition.type, f"maintenance is due: {_words(condition)}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -113,8 +115,6 @@ MakeKubeJob = Callable[..., KubeJob]
 
 def run_everstep(lab: Lab, home: Path, *words: str) -> str:
     """What a command of ours says to an administrator of the lab."""
-    import subprocess
-
     done = subprocess.run(
         [sys.executable, "-m", "cluster.cli", *words],
         cwd=home,
@@ -140,12 +140,16 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:  # noqa: F811
-    """Where the session's runs live, with `job.toml` in it."""
-    folder = tmp_path_factory.mktemp("jobs")
-    (folder / "job.toml").write_text(CONFIG.format(corpus=corpus))
-    (folder / "runs").mkdir()
-    return folder
+def home(corpus: Path) -> Iterator[Path]:  # noqa: F811
+    """Where the session's runs live, with `job.toml` in it. Pods see it under the same path as this machine does, and
+    every pod has a folder for temporary files of its own; so it is in none of those."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "everstep"
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="jobs-", dir=cache) as name:
+        folder = Path(name)
+        (folder / "job.toml").write_text(CONFIG.format(corpus=corpus))
+        (folder / "runs").mkdir()
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ from tests.kubernetes.store import Object, Store
 
 _TICK_S = 0.05
 _POLL_S = 0.05
-_GRACE_S = 3.0
+_GRACE_S = 6.0
+"""More than the jobs' own time for heartbeats, as it is on a real cluster (40 s and more)."""
 
 
 class Lab:

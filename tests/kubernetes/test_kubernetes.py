@@ -10,7 +10,7 @@ import msgspec
 import psutil
 import pytest
 
-from cluster.events import RunStarted, SupervisorTookOver
+from cluster.events import AgentStarted, NodeEvicted, NodeReady, RunStarted, SupervisorTookOver
 from cluster.keys import JobKeys
 from tests.kubernetes.conftest import CONTROL, NODES, QUOTED, STEPS, KubeJob, MakeKubeJob
 from tests.kubernetes.controller import PODS
@@ -24,23 +24,43 @@ BAD, OUT = "everstep.dev/bad", "node.kubernetes.io/out-of-service"
 def test_a_node_that_loses_power_is_replaced(make_job: MakeKubeJob, lab: Lab, undisturbed: dict[str, str]) -> None:
     """Promise: a spare takes the ranks, the bad node is cordoned and tainted with our reason, its pod is replaced and
     is a spare again, and the weights are the undisturbed run's."""
-    job = make_job("power", 2, "--training.steps", str(STEPS), "--telemetry.log_interval_steps", "1").submit()
+    job = make_job("power", 2).submit()
     job.wait_for_step(3)
     check_secrets(job)
     lost = job.members()[1]
     (fourth,) = set(NODES) - set(lab.pods("agents"))
     lab.power_off(lost)
     job.wait_until(lambda: job.members()[1] != lost, "the replacement")
-    job.wait_until(lambda: (OUT, "NoExecute") in lab.taints(lost), "the taint")
-    job.wait_until(lambda: fourth in lab.pods("agents"), "a pod in the lost one's place")
-    assert (BAD, "NoSchedule") in lab.taints(lost)
-    assert lab.node(lost)["spec"]["unschedulable"]
-    assert lab.node(lost)["metadata"]["annotations"]["everstep.dev/reason"].startswith("everstep: node_lost: ")
-    job.wait_until(lambda: fourth in spares(job) or job.state() != "", "a spare again")
     assert job.ended() == "Completed", job.said()
     assert job.causes() == ["node_lost"]
+    assert fourth in started(job)
+    assert {(BAD, "NoSchedule"), (OUT, "NoExecute")} <= lab.taints(lost)
+    assert lab.node(lost)["spec"]["unschedulable"]
+    assert lab.node(lost)["metadata"]["annotations"]["everstep.dev/reason"].startswith("everstep: node_lost: ")
     assert "everstep: node_lost" in job.everstep("nodes", "--cluster", "kubernetes", "--profile", str(job.profile))
     assert job.weights(STEPS) == undisturbed
+
+
+@pytest.mark.long
+def test_spares_are_replaced_for_ever(make_job: MakeKubeJob, lab: Lab) -> None:
+    """Promise: with one spare, two nodes may die one after the other, if there are others in the cluster: the pod in
+    the first one's place is the spare for the second. A node that is back and readmitted is used like any other."""
+    job = make_job("chain", 2, "--training.steps", "1000000").submit()
+    dead: list[str] = []
+    for _ in range(2):
+        step = job.steps()[-1].step if job.steps() else 0
+        job.wait_for_step(step + 3)
+        job.wait_until(lambda: len(spares(job)) == 1, "a spare")
+        dead.append(job.members()[0])
+        lab.power_off(dead[-1])
+        job.wait_until(lambda: dead[-1] not in job.members(), "the replacement")
+    assert set(dead).isdisjoint(job.members())
+    lab.power_on(dead[0])
+    job.wait_until(lambda: (OUT, "NoExecute") not in lab.taints(dead[0]), "an end of the taint")
+    job.everstep("readmit", dead[0], "--cluster", "kubernetes", "--profile", str(job.profile), "--reason", "repaired")
+    job.wait_until(lambda: dead[0] in lab.pods("agents"), "a pod on the node that is back")
+    job.everstep("cancel", job.name)
+    job.wait_until(lambda: job.state() == "gone" and not lab.store.list(PODS), "the end")
 
 
 def check_secrets(job: KubeJob) -> None:
@@ -145,9 +165,20 @@ def is_supervisor(process: psutil.Process) -> bool:
 
 
 def spares(job: KubeJob) -> set[str]:
-    """Nodes that said they are ready and hold no ranks."""
-    ready = {event.node for event in job.events() if type(event).__name__ == "NodeReady"}
+    """Nodes that said they are ready, hold no ranks, and were not evicted."""
+    ready: set[str] = set()
+    for event in job.events():
+        match event:
+            case NodeReady():
+                ready.add(event.node)
+            case NodeEvicted():
+                ready.discard(event.node)
     return ready - set(job.members())
+
+
+def started(job: KubeJob) -> set[str]:
+    """Nodes that agents were started on."""
+    return {event.node for event in job.events() if isinstance(event, AgentStarted)}
 
 
 def snapshots(job: KubeJob) -> list[int]:

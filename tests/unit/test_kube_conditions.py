@@ -23,7 +23,7 @@ def judged(**standing: object) -> list[Verdict]:
     ("condition", "expected"),
     [
         (Condition("Ready", "True"), None),
-        (Condition("Ready", "Unknown", "NodeStatusUnknown"), (Cause.NODE_DEGRADED, NODE, HINT)),
+        (Condition("Ready", "Unknown", "NodeStatusUnknown"), (Cause.NODE_DEGRADED, NOTICE, HINT)),
         (Condition("Ready", "False", "KubeletNotReady"), (Cause.NODE_DEGRADED, NODE, HINT)),
         (Condition("KernelDeadlock", "True", "DockerHung"), (Cause.NODE_FAULT, NODE, LIKELY)),
         (Condition("KernelDeadlock", "False"), None),
