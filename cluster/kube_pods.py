@@ -174,16 +174,13 @@ def _mounts(plan: KubePlan, role: Role) -> Sequence[Manifest]:
 
 
 def _pod_security(plan: KubePlan) -> Manifest:
-    user = plan.kubernetes.run_as_user
-    return {
-        "runAsNonRoot": user != 0,
-        "runAsUser": user,
-        "runAsGroup": plan.kubernetes.fs_group,
-        "fsGroup": plan.kubernetes.fs_group,
-        # A volume with years of snapshots on it is not walked through each time that a pod starts.
-        "fsGroupChangePolicy": "OnRootMismatch",
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
+    user, group = plan.kubernetes.run_as_user, plan.kubernetes.fs_group
+    common = {"runAsNonRoot": user != 0, "runAsUser": user, "seccompProfile": {"type": "RuntimeDefault"}}
+    if user == 0:
+        # Root needs no group to read the key, which then stays closed to all others.
+        return common
+    # A volume with years of snapshots on it is not walked through each time that a pod starts.
+    return {**common, "runAsGroup": group, "fsGroup": group, "fsGroupChangePolicy": "OnRootMismatch"}
 
 
 def _tolerations(plan: KubePlan, role: Role) -> Sequence[Manifest]:

@@ -205,6 +205,20 @@ def test_pods_may_do_little(kind: str) -> None:
     assert "serviceAccountName" not in pod(made, "agents")
 
 
+def test_root_is_asked_for_by_name() -> None:
+    """Then the key is closed to any group; else it is open to that of the pod alone."""
+    root = pod(plan(msgspec.structs.replace(SITE, run_as_user=0)), "agents")["securityContext"]
+    assert root == {"runAsNonRoot": False, "runAsUser": 0, "seccompProfile": {"type": "RuntimeDefault"}}
+    assert pod(plan(SITE), "agents")["securityContext"]["fsGroup"] == 1000
+
+
+def test_our_own_variables_are_not_a_sites() -> None:
+    """They would say that a pod is another one."""
+    with pytest.raises(ValueError, match=r"environment.EVERSTEP_POD_NAME: everstep sets it"):
+        plan(SITE, environment={"EVERSTEP_POD_NAME": "x"})
+    assert plan(SITE, environment={"EVERSTEP_FAILURE_DOMAIN": "x"})
+
+
 def test_roles_are_least() -> None:
     """Nodes are patched only where the profile says so; nothing is granted on Secrets, and nothing with a star."""
     for bad_node, verbs in (("taint", {"get", "list", "watch", "patch"}), ("none", {"get", "list", "watch"})):
