@@ -31,7 +31,7 @@ def mark(node: Manifest, reason: str, taint: bool, out_of_service: bool = False)
     taint: also keep off what tolerates a cordon. out_of_service: the node is dead, and its pods may be taken for gone.
     """
     said = _CONTROL.sub(" ", reason).strip()[:_LONGEST_REASON]
-    annotations = {ANNOTATION_REASON: said if said.startswith(OURS) else f"{OURS} {said}"}
+    annotations: dict[str, str | None] = {ANNOTATION_REASON: said if said.startswith(OURS) else f"{OURS} {said}"}
     if not node.get("spec", {}).get("unschedulable", False):
         annotations[ANNOTATION_CORDONED] = "true"
     taints = _taints(node)
