@@ -179,9 +179,11 @@ class Kubelet(threading.Thread):
                         "conditions": [condition("Ready", "", "")]})  # fmt: skip
 
     def _fill(self, volume: Object, folder: Path, pod: Object) -> None:
-        if "secret" not in volume and "configMap" not in volume:
+        if "hostPath" in volume or volume.get("emptyDir", {}).get("medium") == "Memory":
             return  # folders of this machine, at the same place
         folder.mkdir(parents=True)
+        if "emptyDir" in volume:
+            return
         found = self._find(volume, pod)
         assert found is not None
         mode = volume.get("secret", volume.get("configMap")).get("defaultMode", 0o644)
