@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from cluster import events, suspicions
 from cluster.actions import Decision, Evict, Nothing, Replace, Restart, Stop, action_event
+from cluster.arrivals import Arrivals
 from cluster.deciding import Deciding
 from cluster.ending import End, ended_after, too_few
 from cluster.fleet import AgentView, first_members
@@ -75,6 +76,7 @@ class Supervisor:
         self.leaving: str = ""
         self.deciding = Deciding(self)
         self.owners = Owners(self)
+        self.arrivals = Arrivals(self)
         self.inbox = Inbox()
         self.unacknowledged: dict[str, int] = {}
         self.journal_waits = False
@@ -95,7 +97,7 @@ class Supervisor:
                 self.take(report)
             now = time.monotonic()
             self.owners.listen()
-            self.owners.look(now)
+            self.arrivals.look(now)
             self.watch(now)
             self.deciding.act(now)
             self.examine(now)
@@ -127,7 +129,7 @@ class Supervisor:
 
     def take(self, report: AgentReport) -> None:
         """Fold one agent's report into what is known, and answer it."""
-        if self.owners.is_former(report):
+        if self.arrivals.is_former(report):
             return
         report = self.owners.informed(report)
         if report.node not in self.handles:
@@ -424,7 +426,7 @@ class Supervisor:
         assert self.exit_code is not None
         self.wish = Wish.SHUT_DOWN
         self.broadcast()
-        self.owners.close()
+        self.arrivals.close()
         deadline = time.monotonic() + (0.0 if self.interrupts > 1 else 10.0)
         # An agent that never spoke hears no order either.
         spoke = [handle for node, handle in self.handles.items() if node in self.views]
