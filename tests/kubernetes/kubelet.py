@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,9 @@ _IMAGE = ("PATH", "PYTHONPATH", "LANG", "TMPDIR", "OMP_NUM_THREADS")
 class Container:
     """The one container of a pod, while it runs and after."""
 
-    def __init__(self, pod: Object, folder: Path, kubeconfig: Callable[[Object], str]) -> None:
+    def __init__(
+        self, pod: Object, folder: Path, volumes: Mapping[str, Path], kubeconfig: Callable[[Object], str]
+    ) -> None:
         self.uid = pod["metadata"]["uid"]
         self.folder = folder
         self.term_s: float | None = None
@@ -43,9 +46,8 @@ class Container:
         self.name = spec["name"]
         self._places: dict[str, Path] = {}
         for mount in spec.get("volumeMounts", ()):
-            path = folder / "volumes" / mount["name"]
-            if path.is_dir():
-                self._places[mount["mountPath"]] = path
+            if mount["name"] in volumes:
+                self._places[mount["mountPath"]] = volumes[mount["name"]]
         environ = {name: os.environ[name] for name in _IMAGE if name in os.environ}
         environ |= {each["name"]: self._moved(_value(each, pod, environ)) for each in spec.get("env", ())}
         if pod["spec"].get("automountServiceAccountToken"):
@@ -93,7 +95,8 @@ class Container:
 class Kubelet(threading.Thread):
     """Runs what is bound to its node, tells the server how it goes, and gives signs of life.
 
-    heard: called with the node's name as often as a real one renews its lease.
+    scratch: a folder of a short name, for volumes. heard: called with the node's name as often as a real one renews its
+    lease.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Kubelet(threading.Thread):
         store: Store,
         node: str,
         folder: Path,
+        scratch: Path,
         heard: Callable[[str], None],
         kubeconfig: Callable[[Object], str],
         labels: Mapping[str, str],
@@ -109,6 +113,7 @@ class Kubelet(threading.Thread):
         self.store = store
         self.node = node
         self.folder = folder
+        self.scratch = scratch
         self.heard = heard
         self.kubeconfig = kubeconfig
         self.labels = {"kubernetes.io/hostname": node, **labels}
@@ -171,25 +176,30 @@ class Kubelet(threading.Thread):
     def _begin(self, uid: str, pod: Object) -> None:
         folder = self.folder / pod["metadata"]["name"]
         folder.mkdir(parents=True)
-        for volume in pod["spec"].get("volumes", ()):
-            self._fill(volume, folder / "volumes" / volume["name"], pod)
-        self.containers[uid] = Container(pod, folder, self.kubeconfig)
+        volumes = {
+            each["name"]: self._fill(each, folder / each["name"], pod) for each in pod["spec"].get("volumes", ())
+        }
+        there = {name: path for name, path in volumes.items() if path is not None}
+        self.containers[uid] = Container(pod, folder, there, self.kubeconfig)
         running = {"name": self.containers[uid].name, "state": {"running": {"startedAt": now()}}}
         self._say(pod, {"phase": "Running", "containerStatuses": [running],
                         "conditions": [condition("Ready", "", "")]})  # fmt: skip
 
-    def _fill(self, volume: Object, folder: Path, pod: Object) -> None:
+    def _fill(self, volume: Object, folder: Path, pod: Object) -> Path | None:
+        """What is mounted for a volume; None for folders of this machine, which are at the same place in a pod."""
         if "hostPath" in volume or volume.get("emptyDir", {}).get("medium") == "Memory":
-            return  # folders of this machine, at the same place
-        folder.mkdir(parents=True)
+            return None
         if "emptyDir" in volume:
-            return
+            # Sockets are made in it, whose paths must be short.
+            return Path(tempfile.mkdtemp(prefix="v-", dir=self.scratch))
+        folder.mkdir(parents=True)
         found = self._find(volume, pod)
         assert found is not None
         mode = volume.get("secret", volume.get("configMap")).get("defaultMode", 0o644)
         for name, text in found.get("data", {}).items():
             (folder / name).write_bytes(base64.b64decode(text) if "secret" in volume else text.encode())
             (folder / name).chmod(mode)
+        return folder
 
     def _find(self, volume: Object, pod: Object) -> Object | None:
         namespace = pod["metadata"]["namespace"]

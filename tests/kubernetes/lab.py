@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -36,6 +37,7 @@ class Lab:
         self.kubelets: dict[str, Kubelet] = {}
         self._labels = dict(nodes)
         self._begun = 0
+        self._scratch = tempfile.TemporaryDirectory(prefix="kube-")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controllers", daemon=True)
 
@@ -52,6 +54,7 @@ class Lab:
         for kubelet in self.kubelets.values():
             kubelet.lose_power()
         self.server.__exit__(kind, error, at)
+        self._scratch.cleanup()
 
     # What an administrator can see and do -------------------------------------------------------------------------
 
@@ -92,7 +95,7 @@ class Lab:
         self._begun += 1
         folder = self.home / "nodes" / f"{node}-{self._begun}"
         kubelet = Kubelet(
-            self.store, node, folder, self._heard, self._account, self._labels[node]
+            self.store, node, folder, Path(self._scratch.name), self._heard, self._account, self._labels[node]
         )  # fmt: skip
         kubelet.register()
         kubelet.start()
