@@ -12,12 +12,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from cluster.kube_calls import CONFLICT, NOT_FOUND, KubeApi, KubeError
+from cluster.kube_calls import CONFLICT, NOT_FOUND, STRATEGIC_PATCH, KubeApi, KubeError
 from cluster.kube_nodes import NodeView, PodView
 from cluster.kube_paths import path_to
 from cluster.kube_pods import Manifest
 
-STRATEGIC_PATCH = "application/strategic-merge-patch+json"
 _AGAIN_S = (1.0, 60.0)
 _REASON = "EverstepNodeLost"
 

@@ -17,8 +17,8 @@ from typing import TypeVar
 
 import msgspec
 
-from cluster.kube_calls import FORBIDDEN, KubeError
-from cluster.kube_client import KubeWatchClient, KubeWatching
+from cluster.kube_calls import FORBIDDEN, KubeError, KubeWatching
+from cluster.kube_client import KubeClient
 from cluster.kube_names import LABEL_ROLE, LABEL_RUN, Inside, inside
 from cluster.kube_nodes import (
     NodeView,
@@ -118,7 +118,7 @@ class KubeScheduler:
             ValueError: if it runs in none, or there is no way to the API server.
             KubeError: if the server refuses to show the job's pods.
         """
-        scheduler = cls(run_dir, config, inside(environ), KubeWatchClient())
+        scheduler = cls(run_dir, config, inside(environ), KubeClient())
         scheduler.open()
         return scheduler
 

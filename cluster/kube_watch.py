@@ -14,10 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlencode
 
-from cluster.kube_calls import KubeError
-from cluster.kube_client import KubeWatching
+from cluster.kube_calls import GONE, KubeError, KubeWatching
 
-GONE = 410
 _WATCH_S = 60.0
 _PAGE = 500
 _BACKOFF_S = (0.2, 30.0)

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from cluster import kube_scheduler
-from cluster.kube_client import KubeWatchClient
+from cluster.kube_client import KubeClient
 from cluster.kube_names import Inside
 from cluster.kube_orders import PodState, read_order, write_state
 from cluster.kube_rbac import account_objects
@@ -128,7 +128,7 @@ class Cluster:
             namespace="default", name="demo", kind="job", pod_name="s", pod_uid="u", node_name="n9", domain_label="rack"
         )
         config = msgspec.structs.replace(_JOB, cluster=msgspec.structs.replace(_JOB.cluster, bad_node=bad_node))
-        scheduler = KubeScheduler(self.run_dir, config, here, KubeWatchClient(), watch_s=5.0)
+        scheduler = KubeScheduler(self.run_dir, config, here, KubeClient(), watch_s=5.0)
         scheduler.open()
         self.schedulers.append(scheduler)
         return scheduler

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from cluster.kube_calls import MERGE_PATCH, KubeError
-from cluster.kube_client import KubeWatchClient
+from cluster.kube_client import KubeClient
 from cluster.kube_marks import mark, unmark
 from cluster.kube_nodes import NodeView, PodView, read_node, read_pod
 from cluster.kube_paths import path_of, path_to
@@ -30,7 +30,7 @@ from tests.unit.kubejobs import SITE, plan
 
 BAD, OUT = "everstep.dev/bad", "node.kubernetes.io/out-of-service"
 NODES, PODS = path_to("v1", "Node", ""), path_to("v1", "Pod", "default")
-OpenApi = Callable[[str], KubeWatchClient]
+OpenApi = Callable[[str], KubeClient]
 
 
 @pytest.fixture(scope="module", params=["ours", "real"])
@@ -50,12 +50,12 @@ def open_api(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def _opener(home: Path, texts: dict[str, str]) -> OpenApi:
-    def opened(user: str) -> KubeWatchClient:
+    def opened(user: str) -> KubeClient:
         path = home / f"{user}.kubeconfig"
         path.write_text(texts[user])
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KUBECONFIG", str(path))
-            return KubeWatchClient()
+            return KubeClient()
 
     admin = opened("admin")
     for each in account_objects(plan(msgspec.structs.replace(SITE, service_account=""))):
@@ -64,13 +64,13 @@ def _opener(home: Path, texts: dict[str, str]) -> OpenApi:
 
 
 @pytest.fixture
-def admin(open_api: OpenApi) -> KubeWatchClient:
+def admin(open_api: OpenApi) -> KubeClient:
     """Who may do everything."""
     return open_api("admin")
 
 
 @pytest.fixture
-def supervisor(open_api: OpenApi) -> KubeWatchClient:
+def supervisor(open_api: OpenApi) -> KubeClient:
     """The supervisor's account."""
     return open_api("supervisor")
 
@@ -80,7 +80,7 @@ def unique(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex[:8]}"
 
 
-def make_node(admin: KubeWatchClient, ready: str = "True") -> str:
+def make_node(admin: KubeClient, ready: str = "True") -> str:
     """A node, as its kubelet would make it."""
     name = unique("node")
     admin.call("POST", NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})
@@ -88,7 +88,7 @@ def make_node(admin: KubeWatchClient, ready: str = "True") -> str:
     return name
 
 
-def set_ready(admin: KubeWatchClient, node: str, status: str) -> None:
+def set_ready(admin: KubeClient, node: str, status: str) -> None:
     """What the node's kubelet, or the life cycle of nodes, would say."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     ready = {"type": "Ready", "status": status, "reason": "x", "message": "", "lastHeartbeatTime": now,
@@ -96,7 +96,7 @@ def set_ready(admin: KubeWatchClient, node: str, status: str) -> None:
     admin.call("PATCH", f"{NODES}/{node}/status", {"status": {"conditions": [ready]}}, MERGE_PATCH)
 
 
-def make_pod(admin: KubeWatchClient, node: str, labels: dict[str, str] | None = None, finalizer: str = "") -> str:
+def make_pod(admin: KubeClient, node: str, labels: dict[str, str] | None = None, finalizer: str = "") -> str:
     """A pod that runs on a node, as far as anybody knows."""
     name = unique("pod")
     metadata: dict[str, Any] = {"name": name, "labels": labels or {}, "finalizers": [finalizer] if finalizer else []}
@@ -114,7 +114,7 @@ def wait_until(true: Callable[[], object], timeout_s: float = 15.0) -> None:
         time.sleep(0.02)
 
 
-def taints(api: KubeWatchClient, node: str) -> set[str]:
+def taints(api: KubeClient, node: str) -> set[str]:
     """Keys of a node's taints."""
     return {each["key"] for each in api.call("GET", f"{NODES}/{node}").get("spec", {}).get("taints") or ()}
 
@@ -128,7 +128,7 @@ def status_of(call: Callable[[], object]) -> int:
     return 0
 
 
-def test_a_name_is_taken_once_and_an_old_version_is_refused(admin: KubeWatchClient) -> None:
+def test_a_name_is_taken_once_and_an_old_version_is_refused(admin: KubeClient) -> None:
     node = make_node(admin)
     body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}}
     assert status_of(lambda: admin.call("POST", NODES, body)) == 409
@@ -140,7 +140,7 @@ def test_a_name_is_taken_once_and_an_old_version_is_refused(admin: KubeWatchClie
     assert status_of(lambda: admin.call("GET", f"{NODES}/{unique('node')}")) == 404
 
 
-def test_marks_are_made_and_taken_back(admin: KubeWatchClient, supervisor: KubeWatchClient) -> None:
+def test_marks_are_made_and_taken_back(admin: KubeClient, supervisor: KubeClient) -> None:
     """Promise: the patch that cordons and taints keeps what others wrote, and `unmark` leaves what they wrote since."""
     node = make_node(admin)
     path = f"{NODES}/{node}"
@@ -157,7 +157,7 @@ def test_marks_are_made_and_taken_back(admin: KubeWatchClient, supervisor: KubeW
     assert not supervisor.call("GET", path)["spec"].get("unschedulable")
 
 
-def test_reports_survive_conflicts(admin: KubeWatchClient, supervisor: KubeWatchClient) -> None:
+def test_reports_survive_conflicts(admin: KubeClient, supervisor: KubeClient) -> None:
     """Promise: a node that others change all the time is marked all the same, and nobody's change is lost."""
     node = make_node(admin, "Unknown")
     path = f"{NODES}/{node}"
@@ -189,7 +189,7 @@ def test_reports_survive_conflicts(admin: KubeWatchClient, supervisor: KubeWatch
     assert taints(admin, node) >= {"other-0", "other-1", BAD}
 
 
-def test_roles_grant_what_is_needed_and_no_more(admin: KubeWatchClient, supervisor: KubeWatchClient) -> None:
+def test_roles_grant_what_is_needed_and_no_more(admin: KubeClient, supervisor: KubeClient) -> None:
     """Promise: the supervisor's account can do its work, and cannot read a Secret, make a pod, or change a node's
     status."""
     node = make_node(admin)
@@ -209,7 +209,7 @@ def test_roles_grant_what_is_needed_and_no_more(admin: KubeWatchClient, supervis
     assert status_of(lambda: supervisor.call("DELETE", path)) == 0
 
 
-def test_a_pod_on_a_dead_node_is_let_go(admin: KubeWatchClient, supervisor: KubeWatchClient) -> None:
+def test_a_pod_on_a_dead_node_is_let_go(admin: KubeClient, supervisor: KubeClient) -> None:
     """Promise: a pod that nobody can end, and that a Job keeps its finger on, has failed for the Job to see."""
     node = make_node(admin, "Unknown")
     name = make_pod(admin, node, finalizer="batch.kubernetes.io/job-tracking")
@@ -233,7 +233,7 @@ def test_a_pod_on_a_dead_node_is_let_go(admin: KubeWatchClient, supervisor: Kube
     assert status_of(lambda: admin.call("GET", f"{PODS}/{name}")) == 404
 
 
-def test_a_pod_that_runs_is_given_its_grace(admin: KubeWatchClient, supervisor: KubeWatchClient) -> None:
+def test_a_pod_that_runs_is_given_its_grace(admin: KubeClient, supervisor: KubeClient) -> None:
     """Promise: on a node that lives, deletion waits for the kubelet."""
     node = make_node(admin)
     name = make_pod(admin, node)
@@ -244,7 +244,7 @@ def test_a_pod_that_runs_is_given_its_grace(admin: KubeWatchClient, supervisor: 
     assert status_of(lambda: admin.call("GET", f"{PODS}/{name}")) == 404
 
 
-def test_a_mirror_is_current(admin: KubeWatchClient, supervisor: KubeWatchClient) -> None:
+def test_a_mirror_is_current(admin: KubeClient, supervisor: KubeClient) -> None:
     """Promise: what is added, changed and deleted is seen; what loses its label is gone; watches that end go on."""
     node, labels = make_node(admin), {"everstep.dev/run": unique("run")}
     first = make_pod(admin, node, labels)
@@ -266,7 +266,7 @@ def test_a_mirror_is_current(admin: KubeWatchClient, supervisor: KubeWatchClient
         mirror.stop()
 
 
-def test_a_mirror_that_is_far_behind_lists_again(admin: KubeWatchClient, supervisor: KubeWatchClient) -> None:
+def test_a_mirror_that_is_far_behind_lists_again(admin: KubeClient, supervisor: KubeClient) -> None:
     """Promise: a version that the server does not know, or not any more, is no end."""
     mirror: Mirror[NodeView] = Mirror(supervisor, NODES, "", lambda node: read_node(node, ""), watch_s=2.0)
     mirror.list()
