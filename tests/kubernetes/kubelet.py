@@ -139,7 +139,8 @@ class Kubelet(threading.Thread):
                 with contextlib.suppress(Refused):  # it has changed meanwhile, and is looked at again
                     self._see_to(uid, pod)
             for uid in self.containers.keys() - pods.keys():
-                self.containers[uid].send(signal.SIGKILL)  # deleted by force
+                if self.containers[uid].exit_code() is None:
+                    self.containers[uid].send(signal.SIGKILL)  # deleted by force
 
     def lose_power(self) -> None:
         """No process of the node takes another step, and nobody is told."""
