@@ -122,7 +122,7 @@ def _events(chunks: Iterator[bytes], where: str) -> Iterator[dict[str, Any]]:
         for line in filter(None, lines):
             try:
                 event = json.loads(line)
-                kind, found = event["type"], event["object"]
+                kind, found = event["type"], dict(event["object"])
             except (ValueError, KeyError, TypeError) as error:
                 raise KubeError(f"the watch of {where} says what no one can read: {error}") from error
             if kind == "ERROR":

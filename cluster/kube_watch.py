@@ -131,7 +131,7 @@ class Mirror(Generic[_T]):
     def _keep(self, objects: dict[str, _T], item: dict[str, Any]) -> None:
         try:
             objects[item["metadata"]["name"]] = self.read(item)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             logger.warning("%s: an object that cannot be read is left out: %r", self.path, error)
 
     def _publish(self, objects: Mapping[str, _T]) -> None:
