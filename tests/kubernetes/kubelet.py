@@ -1,8 +1,8 @@
 """A node's kubelet that runs the pods' commands as real processes: each pod in process and mount namespaces of its own,
 its first process number 1, so that all of a pod ends with it.
 
-There are no images: a command finds this machine's files. Folders that a volume would be mounted at are put into the
-command and the variables instead, since nothing is mounted over this machine's.
+There are no images: a command finds this machine's files. Each pod has shared memory of its own; other folders that a
+volume would be mounted at are put into the command and the variables instead.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from tests.unit.kubejobs import expanded
 
 _TICK_S = 0.05
 _ALONE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child=SIGKILL")
+_SHARED_MEMORY = "/dev/shm"
+_WITH_MEMORY = ("sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', _SHARED_MEMORY)
 _IMAGE = ("PATH", "PYTHONPATH", "LANG", "TMPDIR", "OMP_NUM_THREADS")
 
 
@@ -57,7 +59,7 @@ class Container:
         self.log = folder / "log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*_ALONE, *command],
+                [*_ALONE, *_WITH_MEMORY, *command],
                 cwd=spec.get("workingDir", "/"),
                 env=environ,
                 stdin=subprocess.DEVNULL,
@@ -187,7 +189,7 @@ class Kubelet(threading.Thread):
                         "conditions": [condition("Ready", "", "")]})  # fmt: skip
 
     def _fill(self, volume: Object, folder: Path, pod: Object) -> Path | None:
-        """What is mounted for a volume; None for folders of this machine, which are at the same place in a pod."""
+        """The folder that stands for a volume; None for one that is where the pod has it."""
         if "hostPath" in volume or volume.get("emptyDir", {}).get("medium") == "Memory":
             return None
         if "emptyDir" in volume:

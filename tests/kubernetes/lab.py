@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import threading
 import time
@@ -104,8 +103,6 @@ class Lab:
     def power_off(self, node: str) -> None:
         """The node loses power, and with it its memory."""
         self.kubelets[node].lose_power()
-        for folder in Path("/dev/shm").glob(f"everstep-*/{node}"):
-            shutil.rmtree(folder)
 
     def repair(self) -> None:
         """Delete all jobs, and make every node as new."""
@@ -134,12 +131,14 @@ class Lab:
 
     def said(self) -> str:
         """How pods stand, and the last that each printed."""
-        lines = [
-            f"{pod['metadata']['name']} on {pod['spec'].get('nodeName')}: {pod['status']}"
+        lines: list[str] = []
+        for log in sorted((self.home / "nodes").glob("*/*/log")):
+            lines += [f"--- {log.parent.name}", *log.read_text(errors="replace").splitlines()[-15:]]
+        lines += [
+            f"{pod['metadata']['name']} on {pod['spec'].get('nodeName')}: {pod['status']['phase']}, "
+            f"{pod['metadata'].get('deletionTimestamp')}"
             for pod in self.store.list(PODS)
         ]
-        for log in sorted((self.home / "nodes").glob("*/*/log")):
-            lines += [f"--- {log.parent.name}", *log.read_text(errors="replace").splitlines()[-25:]]
         return "\n".join(lines)
 
     # The inside ---------------------------------------------------------------------------------------------------
