@@ -6,7 +6,7 @@ PACKAGES := configs parallelism checkpointing trainer health cluster
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint unit distributed chaos-short chaos chaos-checkpoint data install constraints clean \
-	test-slurm slurm-packages \
+	test-slurm slurm-packages test-kubernetes kube-build \
 	bench-recovery bench-checkpoint bench-checkpoint-gpu bench-overhead bench-detection bench-control-plane \
 	bench-precision
 
@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
 		{ echo "Python 3.11 or 3.12 is needed; say which one: make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[wandb,data,s3,hf,gpu,hang,fp8,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[wandb,data,s3,hf,gpu,hang,fp8,kubernetes,dev]'
 	@touch $@
 
 data: install
@@ -50,6 +50,14 @@ test-slurm: install
 
 slurm-packages:
 	.ci/slurm-packages
+
+# Jobs on a Kubernetes of the tests' own, whose nodes run real processes: root. The client's part against a real API
+# server too, where `make kube-build` has built one; skipped, with a word, where it has not.
+test-kubernetes: install
+	$(BIN)/pytest tests/kubernetes --durations 0
+
+kube-build:
+	.ci/kube-build
 
 # Snapshots under 200 random faults. CI does a sample of them; EVERSTEP_CHAOS_SEED repeats one.
 chaos-checkpoint: install

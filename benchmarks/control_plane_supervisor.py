@@ -62,6 +62,10 @@ class Machines:
         """None."""
         return ()
 
+    def verdicts(self, step: int) -> tuple[()]:
+        """None."""
+        return ()
+
     def last_words(self, node: str) -> tuple[str, ...]:
         """None."""
         return ()

@@ -29,12 +29,14 @@ class NodeStatus(enum.StrEnum):
 
 
 class NodeState(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of one node. handle: the scheduler's word for its agent, "" before it was started."""
+    """What is known of one node. handle: the scheduler's word for its agent, "" before it was started. life: see
+    `cluster.messages.AgentReport`, "" before it spoke."""
 
     status: NodeStatus
     handle: str = ""
     host: str = ""
     pid: int = 0
+    life: str = ""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,9 +14,9 @@ from cluster.kube_calls import (
     MERGE_PATCH,
     NOT_FOUND,
     KubeApi,
-    KubeClient,
     KubeError,
 )
+from cluster.kube_client import KubeClient
 from cluster.kube_key import new_key_files, secret
 from cluster.kube_manifests import manifests, render
 from cluster.kube_marks import is_cordoned, mark, unmark

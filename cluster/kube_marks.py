@@ -22,6 +22,7 @@ OURS = "everstep:"
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")
 _LONGEST_REASON = 1000
+_OURS_OUT = (TAINT_OUT_OF_SERVICE, OUT_OF_SERVICE_VALUE)
 
 
 def mark(node: Manifest, reason: str, taint: bool, out_of_service: bool = False) -> Manifest:
@@ -30,7 +31,7 @@ def mark(node: Manifest, reason: str, taint: bool, out_of_service: bool = False)
     taint: also keep off what tolerates a cordon. out_of_service: the node is dead, and its pods may be taken for gone.
     """
     said = _CONTROL.sub(" ", reason).strip()[:_LONGEST_REASON]
-    annotations = {ANNOTATION_REASON: said if said.startswith(OURS) else f"{OURS} {said}"}
+    annotations: dict[str, str | None] = {ANNOTATION_REASON: said if said.startswith(OURS) else f"{OURS} {said}"}
     if not node.get("spec", {}).get("unschedulable", False):
         annotations[ANNOTATION_CORDONED] = "true"
     taints = _taints(node)
@@ -45,17 +46,20 @@ def mark(node: Manifest, reason: str, taint: bool, out_of_service: bool = False)
 def unmark(node: Manifest) -> Manifest | None:
     """A merge patch that takes back all of ours; None if there is nothing."""
     annotations, taints = node.get("metadata", {}).get("annotations") or {}, _taints(node)
-    left = [
-        each
-        for each in _without(taints, TAINT_BAD)
-        if (each.get("key"), each.get("value")) != (TAINT_OUT_OF_SERVICE, OUT_OF_SERVICE_VALUE)
-    ]
+    left = [each for each in _without(taints, TAINT_BAD) if (each.get("key"), each.get("value")) != _OURS_OUT]
     if not is_ours(node) and left == taints:
         return None
     spec: dict[str, Any] = {"taints": left}
     if annotations.get(ANNOTATION_CORDONED) == "true":
         spec["unschedulable"] = False
     return _patch(node, {ANNOTATION_REASON: None, ANNOTATION_CORDONED: None}, spec)
+
+
+def in_service(node: Manifest) -> Manifest | None:
+    """A merge patch that takes back only that a node is out of service, since it answers; None if we did not say so."""
+    taints = _taints(node)
+    left = [each for each in taints if (each.get("key"), each.get("value")) != _OURS_OUT]
+    return None if left == taints else _patch(node, {}, {"taints": left})
 
 
 def is_ours(node: Manifest) -> bool:

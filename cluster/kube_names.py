@@ -38,6 +38,7 @@ NAMESPACE = "EVERSTEP_KUBE_NAMESPACE"
 WORKLOAD = "EVERSTEP_KUBE_NAME"
 KIND = "EVERSTEP_KUBE_KIND"
 DOMAIN_LABEL = "EVERSTEP_KUBE_DOMAIN_LABEL"
+OWN_VARIABLES = (POD_NAME, POD_UID, NODE_NAME, NAMESPACE, WORKLOAD, KIND, DOMAIN_LABEL)
 """Variables of the pods. All have the first three; the others are the supervisor's."""
 
 _LONGEST_NAME = 40  # a JobSet's pod is called <name>-supervisor-0-0-xxxxx, and has no more than 63 characters

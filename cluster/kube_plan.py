@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 import msgspec
 
 from cluster.backend import JobRequest
-from cluster.kube_names import ANNOTATION_RUN, LABEL_ROLE, LABEL_RUN, KubeKind, Role, object_name
+from cluster.kube_names import ANNOTATION_RUN, LABEL_ROLE, LABEL_RUN, OWN_VARIABLES, KubeKind, Role, object_name
 from cluster.rundir import safe_name
 from configs.profile import ClusterProfile
 from configs.profile_kubernetes import KubernetesProfile
@@ -43,6 +43,9 @@ class KubePlan:
         where = kubernetes.run_dir or config.run.dir
         config = msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, dir=where))
         _check_run_dir(where, kubernetes)
+        for name in request.profile.variables:
+            if name in OWN_VARIABLES:
+                raise ValueError(f"environment.{name}: everstep sets it in each pod; remove it from the profile")
         needed_s = config.cluster.leave_timeout_s + _MARGIN_S
         if kubernetes.grace_s < needed_s:
             raise ValueError(

@@ -22,6 +22,8 @@ from configs.profile_kubernetes import Toleration, read_toleration
 
 Manifest = dict[str, Any]
 
+SCRATCH = "/scratch"
+"""A folder of the pod's own, for whatever needs one."""
 _HOST = "kubernetes.io/hostname"
 # An agent whose node the cluster has lost sight of may train on: whether it is lost, heartbeats say. A supervisor
 # whose node is gone is replaced soon.
@@ -102,7 +104,7 @@ def _command(plan: KubePlan, role: Role) -> Sequence[str]:
 
 def _own_variables(plan: KubePlan, role: Role) -> Sequence[Manifest]:
     fields = {POD_NAME: "metadata.name", POD_UID: "metadata.uid", NODE_NAME: "spec.nodeName"}
-    values = {"HOME": "/tmp", "PYTHONUNBUFFERED": "1"}
+    values = {"HOME": SCRATCH, "TMPDIR": SCRATCH, "PYTHONUNBUFFERED": "1"}
     if role == "supervisor":
         fields |= {NAMESPACE: "metadata.namespace"}
         values |= {WORKLOAD: plan.name, KIND: plan.kind, DOMAIN_LABEL: plan.kubernetes.domain_label}
@@ -146,7 +148,7 @@ def _volumes(plan: KubePlan, role: Role) -> Sequence[Manifest]:
     volumes: list[Manifest] = [
         {"name": "key", "secret": key},
         {"name": "shm", "emptyDir": shm},
-        {"name": "tmp", "emptyDir": {}},
+        {"name": "scratch", "emptyDir": {}},
     ]
     if role == "supervisor":
         volumes.append({"name": "job", "configMap": {"name": f"{plan.name}-job"}})
@@ -161,7 +163,7 @@ def _mounts(plan: KubePlan, role: Role) -> Sequence[Manifest]:
     mounts: list[Manifest] = [
         {"name": "key", "mountPath": KEY_FOLDER, "readOnly": True},
         {"name": "shm", "mountPath": "/dev/shm"},
-        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "scratch", "mountPath": SCRATCH},
     ]
     if role == "supervisor":
         mounts.append({"name": "job", "mountPath": JOB_FOLDER, "readOnly": True})
@@ -172,16 +174,13 @@ def _mounts(plan: KubePlan, role: Role) -> Sequence[Manifest]:
 
 
 def _pod_security(plan: KubePlan) -> Manifest:
-    user = plan.kubernetes.run_as_user
-    return {
-        "runAsNonRoot": user != 0,
-        "runAsUser": user,
-        "runAsGroup": plan.kubernetes.fs_group,
-        "fsGroup": plan.kubernetes.fs_group,
-        # A volume with years of snapshots on it is not walked through each time that a pod starts.
-        "fsGroupChangePolicy": "OnRootMismatch",
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
+    user, group = plan.kubernetes.run_as_user, plan.kubernetes.fs_group
+    common = {"runAsNonRoot": user != 0, "runAsUser": user, "seccompProfile": {"type": "RuntimeDefault"}}
+    if user == 0:
+        # Root needs no group to read the key, which then stays closed to all others.
+        return common
+    # A volume with years of snapshots on it is not walked through each time that a pod starts.
+    return {**common, "runAsGroup": group, "fsGroup": group, "fsGroupChangePolicy": "OnRootMismatch"}
 
 
 def _tolerations(plan: KubePlan, role: Role) -> Sequence[Manifest]:

@@ -14,9 +14,11 @@ _RBAC = "rbac.authorization.k8s.io"
 
 
 def namespace_rules() -> Sequence[Manifest]:
-    """In the namespace of the job. delete: a pod on a dead node goes only by force, and nothing replaces it before."""
+    """In the namespace of the job. Pods of nodes that were given up are deleted, so that others are made; one on a dead
+    node must be declared failed before that, or the Job waits for it."""
     return (
         {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch", "delete"]},
+        {"apiGroups": [""], "resources": ["pods/status"], "verbs": ["patch"]},
         {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get"]},
         {"apiGroups": ["jobset.x-k8s.io"], "resources": ["jobsets"], "verbs": ["get"]},
         {"apiGroups": ["trainer.kubeflow.org"], "resources": ["trainjobs"], "verbs": ["get"]},

@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from cluster.kube_calls import KubeApi, KubeClient, KubeError
+from cluster.kube_calls import KubeApi, KubeError
+from cluster.kube_client import KubeClient
 from cluster.kube_echo import copied
 from cluster.kube_key import link_keys, submission_of
 from cluster.kube_names import Inside, inside

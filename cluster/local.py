@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from cluster.rundir import RunDir, safe_name
+from health.verdict import Verdict
 
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.01
@@ -82,6 +83,10 @@ class LocalScheduler:
 
     def appeared(self) -> Sequence[str]:
         """See `Scheduler`: nodes of this machine do not come by themselves."""
+        return ()
+
+    def verdicts(self, step: int) -> Sequence[Verdict]:
+        """See `Scheduler`: nobody else looks at these nodes."""
         return ()
 
     def report_bad(self, node: str, reason: str) -> None:

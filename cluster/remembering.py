@@ -24,25 +24,28 @@ _POLL_S = 0.05
 logger = logging.getLogger("everstep.history")
 
 
-def identify(node: str, hardware: Sequence[str] = ()) -> NodeId:
-    """A node of the local backend across runs: this machine, and the name that a run gives it."""
-    return NodeId(socket.gethostname(), node, tuple(hardware))
+def identify(node: str, hardware: Sequence[str] = (), here: bool = True) -> NodeId:
+    """A node across runs. here: it is a part of this machine, by the name that a run gives it; else a machine itself,
+    by the name that its owner gives it: wherever the supervisor runs, it is the same."""
+    return NodeId(socket.gethostname() if here else node, node, tuple(hardware))
 
 
 def remembered(nodes: Sequence[str], known: Sequence[Standing]) -> Mapping[str, Standing]:
     """What is known of nodes of this run, by their names in it."""
     by_place = {(each.node.host, each.node.name): each for each in known}
-    found = {node: by_place.get((identify(node).host, node)) for node in nodes}
+    this = socket.gethostname()
+    found = {node: by_place.get((node, node)) or by_place.get((this, node)) for node in nodes}
     return {node: standing for node, standing in found.items() if standing is not None}
 
 
 class Remembering:
-    """A watcher that hands everything on to another one, and writes the history of nodes beside.
+    """A watcher that hands everything on to another one, and writes the history of nodes beside. here: see `identify`.
 
     A file that cannot be written, or that another process holds, delays its lines and nothing else.
     """
 
-    def __init__(self, inner: Watcher, file: HistoryFile, run: str) -> None:
+    def __init__(self, inner: Watcher, file: HistoryFile, run: str, here: bool = True) -> None:
+        self.here = here
         self.inner = inner
         self.file = file
         self.run = run
@@ -82,7 +85,7 @@ class Remembering:
     def _entries(self, event: events.AnyEvent) -> list[AnyEntry]:
         match event:
             case events.NodeReady():
-                self._nodes[event.node] = identify(event.node, event.hardware)
+                self._nodes[event.node] = identify(event.node, event.hardware, self.here)
                 self._since.setdefault(event.node, event.t_wall_s)
             case events.VerdictGiven():
                 self._given[event.incident] = event
@@ -139,7 +142,7 @@ class Remembering:
         ]  # fmt: skip
 
     def _identify(self, node: str) -> NodeId:
-        return self._nodes.get(node) or identify(node)
+        return self._nodes.get(node) or identify(node, here=self.here)
 
     def _write(self) -> None:
         now_s = time.monotonic()

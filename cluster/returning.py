@@ -19,6 +19,7 @@ from cluster import events
 from cluster.history import HistoryFile
 from cluster.jobstate import JobState
 from cluster.lemons import Standing, standings
+from cluster.messages import AgentReport
 from cluster.noticing import Noticing
 from cluster.remembering import remembered
 from cluster.scheduler import Scheduler
@@ -86,14 +87,14 @@ class Returning:
         self._asked: concurrent.futures.Future[Answer] | None = None
         self._look_at_s = 0.0
         self._probation_at_s = 0.0
-        self._former: set[tuple[str, int]] = set()
+        self._former: set[tuple[str, str]] = set()
         self._refused: dict[str, float] = {}
         self._seen: tuple[int, int] = (0, 0)
         self._known: list[Standing] = []
 
-    def is_former(self, node: str, pid: int) -> bool:
+    def is_former(self, report: AgentReport) -> bool:
         """Whether this is the agent that a node had before it was evicted: it is nobody's any more."""
-        return (node, pid) in self._former
+        return (report.node, report.life) in self._former
 
     def look(self, now_s: float) -> None:
         """Take in what was found, and look again if it is time to. now_s: monotonic."""
@@ -126,7 +127,7 @@ class Returning:
             return None
         judged = {each.node for each in state.evictions if each.judged}
         return Question(
-            evicted={name: state.evicted_at.get(name, 0.0) for name in self._run.evicted},
+            evicted={name: state.evicted_at.get(name, 0.0) for name in sorted(self._run.evicted)},
             lost=frozenset(self._run.evicted - judged),
             used=frozenset(self._run.handles) - self._run.evicted,
             free=max(0, free),
@@ -193,8 +194,8 @@ class Returning:
         run = self._run
         for back in answer.back:
             known = run.state.nodes.get(back.node)
-            if known is not None and known.pid:
-                self._former.add((back.node, known.pid))
+            if known is not None and known.life:
+                self._former.add((back.node, known.life))
             run.emit(events.NodeReadmitted, node=back.node, reason=back.reason)
             if back.standing is not None and back.standing.failures:
                 remind(run, back.node, back.standing)

@@ -93,7 +93,7 @@ def _run_locked(
             _finish_evaluations(evaluations, Journal(run_dir.events), watcher)
             return ExitCode.DONE
     history = HistoryFile(history_path(config, run_dir.path.parent))
-    memory = Remembering(watcher, history, config.run.name)
+    memory = Remembering(watcher, history, config.run.name, here=config.cluster.backend == "local")
     memory.open()
     host = own_address(config.cluster, socket.gethostname())
     with _listening(run_dir, host) as ears, _leased(run_dir, host) as keeper:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from cluster.rundir import RunDir
 from configs.schema import JobConfig
+from health.verdict import Verdict
 
 
 class Scheduler(Protocol):
@@ -26,6 +27,10 @@ class Scheduler(Protocol):
 
     def appeared(self) -> Sequence[str]:
         """Nodes that may be started and were not there before, or are there again. Never raises, never waits."""
+
+    def verdicts(self, step: int) -> Sequence[Verdict]:
+        """What the owner of the machines says of those that agents run on, each thing once while it lasts. One of cause
+        `preempted` is a notice that the node will be taken away. Never raises, never waits."""
 
     def report_bad(self, node: str, reason: str) -> None:
         """Tell whoever owns the node that it is bad, in words for its administrator. Never raises, never waits."""
@@ -49,7 +54,9 @@ def open_scheduler(config: JobConfig, run_dir: RunDir, environ: Mapping[str, str
 
             return SlurmScheduler.inside(config, run_dir, environ)
         case "kubernetes":
-            raise ValueError('cluster.backend = "kubernetes" is not there yet; use "slurm" or "local"')
+            from cluster.kube_scheduler import KubeScheduler
+
+            return KubeScheduler.inside(config, run_dir, environ)
         case "local":
             from cluster.local import LocalScheduler
 

@@ -18,6 +18,7 @@ from cluster.slurm_commands import SlurmCommands, SlurmError, checked_job, check
 from cluster.slurm_exclude import exclude
 from cluster.slurm_watchdog import Watchdog
 from configs.schema import JobConfig
+from health.verdict import Verdict
 
 _FRESH_S = 1.5
 _KILL_TIMEOUT_S = 10.0
@@ -146,6 +147,10 @@ class SlurmScheduler:
     def appeared(self) -> Sequence[str]:
         """See `Scheduler`: nodes of the allocation that are up, and had no agent yet or were down since."""
         return self._present.appeared()
+
+    def verdicts(self, step: int) -> Sequence[Verdict]:
+        """See `Scheduler`: nobody else looks at these nodes."""
+        return ()
 
     def report_bad(self, node: str, reason: str) -> None:
         """See `Scheduler`: as the configuration says, `scontrol update nodename=... state=drain|down`."""

@@ -129,7 +129,7 @@ def _agent_started(state: JobState, event: AgentStarted) -> JobState:
 def _ready(state: JobState, event: NodeReady) -> JobState:
     keep = state.status(event.node) in (NodeStatus.EVICTED, NodeStatus.ACTIVE)
     status = state.nodes[event.node].status if keep else NodeStatus.READY
-    return _with_node(state, event.node, status=status, host=event.host, pid=event.pid)
+    return _with_node(state, event.node, status=status, host=event.host, pid=event.pid, life=event.life)
 
 
 def _planned(state: JobState, event: GenerationPlanned) -> JobState:
@@ -306,6 +306,7 @@ def _with_node(
     handle: str | None = None,
     host: str | None = None,
     pid: int | None = None,
+    life: str | None = None,
 ) -> JobState:
     known = state.nodes.get(name, NodeState(status=status))
     node = NodeState(
@@ -313,6 +314,7 @@ def _with_node(
         handle=known.handle if handle is None else handle,
         host=known.host if host is None else host,
         pid=known.pid if pid is None else pid,
+        life=known.life if life is None else life,
     )
     return _replace(state, nodes={**state.nodes, name: node})
 

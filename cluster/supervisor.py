@@ -30,6 +30,7 @@ from cluster.jobstate import JobState
 from cluster.journal import Journal
 from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
 from cluster.noticing import Noticing, Suspicion
+from cluster.owners import Owners
 from cluster.planning import plan_event
 from cluster.policy_numbers import Rollback
 from cluster.policy_size import resumed_words, size_for
@@ -86,6 +87,7 @@ class Supervisor:
         self.handing_over = HandingOver(self)
         self.rescuing = Rescuing(config.cluster.leave_timeout_s)
         self.returning = Returning(self, history_path(config, run_dir.path.parent))
+        self.owners = Owners(self)
         self.inbox = Inbox()
         self.answering = Answering(config.health.heartbeat_interval_s)
         self.unacknowledged: dict[str, int] = {}
@@ -106,6 +108,7 @@ class Supervisor:
             for report in self.socket.receive(_TICK_S):
                 self.take(report)
             now = time.monotonic()
+            self.owners.listen()
             self.watch(now)
             self.deciding.act(now)
             self.examine(now)
@@ -146,8 +149,9 @@ class Supervisor:
 
     def take(self, report: AgentReport) -> None:
         """Fold one agent's report into what is known, and answer it."""
-        if self.returning.is_former(report.node, report.pid):
+        if self.returning.is_former(report):
             return
+        report = self.owners.informed(report)
         if report.node not in self.handles:
             if report.node in self.evicted:  # by the supervisor before this one
                 self.send_order(report.node)
@@ -171,7 +175,8 @@ class Supervisor:
         self.generations.hear(report)
         self.doctor.take(report)
         if report.readiness is not None and (known is None or known.report.readiness is None) and not report.generation:
-            self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid, hardware=report.hardware)
+            self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid, hardware=report.hardware,
+                      life=report.life)  # fmt: skip
         self._take_facts(report)
         if self.generations.runs(report):
             self._take_exits(report)

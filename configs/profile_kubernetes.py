@@ -22,7 +22,7 @@ _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 _LONGEST_NAME = 253
 # Set for the run's own labels; others of that prefix would be taken for them.
 _OURS = "everstep.dev/"
-TAKEN = ("/etc/everstep", "/dev/shm", "/tmp")
+TAKEN = ("/etc/everstep", "/dev/shm", "/scratch")
 """Where pods have something of ours."""
 
 

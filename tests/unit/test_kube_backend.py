@@ -19,7 +19,8 @@ import yaml
 
 from cluster.cli import dispatch
 from cluster.kube_backend import KubeBackend
-from cluster.kube_calls import MERGE_PATCH, KubeClient, KubeError
+from cluster.kube_calls import MERGE_PATCH, KubeError
+from cluster.kube_client import KubeClient
 from cluster.kube_marks import mark, unmark
 from cluster.kube_names import TAINT_BAD, TAINT_OUT_OF_SERVICE
 from cluster.kube_views import job_status

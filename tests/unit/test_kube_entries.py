@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import kube_orders
+from cluster import kube_orders, kube_pod
 from cluster.keys import others_may_read, read_keys
 from cluster.kube_calls import KubeError
 from cluster.kube_key import link_keys, new_key_files, submission_of
@@ -134,6 +134,8 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running
     """See `Running`."""
     monkeypatch.delenv(DOMAIN, raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(kube_pod, "_TICK_S", 0.02)
+    monkeypatch.setattr(kube_pod, "_ORDERS_S", 0.04)
     made = Running(tmp_path)
     yield made
     made.entry.terminate()

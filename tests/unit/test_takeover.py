@@ -52,6 +52,9 @@ class Machines:
     def appeared(self) -> tuple[str, ...]:
         return ()
 
+    def verdicts(self, step: int) -> tuple[()]:
+        return ()
+
     def last_words(self, node: str) -> tuple[str, ...]:
         return ()
 
