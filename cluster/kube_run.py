@@ -1,7 +1,9 @@
 """The entry of the supervisor's pod: `python -m cluster.kube_run JOB_FILE KEY_FOLDER`.
 
-It keeps `everstep run` going: waits until the last supervisor's hold on the run has ended, starts one that failed by
-itself again, and goes on after a requeue. When the run is over, it says so to all pods of this submission.
+It keeps `everstep run` going: waits until the last supervisor's hold on the run has ended, starts one that failed
+again, and goes on after a requeue. When the run is over, it says so to all pods of this submission, and they end what
+they run. That takes more than an exit code: a supervisor that cannot start, since a name is not found just now, says
+nothing about the run, which may be training. The journal has the run's end, in its own words.
 
 SIGTERM has two meanings. If all of the job is being deleted or suspended, the run saves and leaves. If only this pod
 goes, with its node, training has no reason to stop: the supervisor ends at once, and the next pod's takes over.
@@ -9,7 +11,6 @@ goes, with its node, training has no reason to stop: the supervisor ends at once
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
@@ -21,6 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from cluster.events import RunStarted, RunStopped
+from cluster.journal import read_events, tail
 from cluster.kube_calls import KubeApi, KubeClient, KubeError
 from cluster.kube_echo import copied
 from cluster.kube_key import link_keys, submission_of
@@ -36,15 +39,21 @@ _TICK_S = 0.1
 _LOCK_POLL_S = 1.0
 _SAY_EVERY_S = 60.0
 _REQUEUE_S = 30.0
+_PAUSES_S = (5.0, 300.0)
 _ATTEMPTS = 5
-_STEADY_S = 3600.0
+"""In this pod; then the Job makes another one, elsewhere perhaps."""
+_STEADY_S = 600.0
 """A supervisor that lived so long does not count as one that cannot start."""
 
 logger = logging.getLogger("everstep.pod")
 
 
 class SupervisorEntry:
-    """Keeps one run's supervisor going. all_ends: whether the whole job is going, asked once, on SIGTERM."""
+    """Keeps one run's supervisor going.
+
+    all_ends: whether the whole job is going, asked once, on SIGTERM. prepare: done before each start, while nobody
+    else has the run. pauses_s: after the first failure, and at most; it doubles in between.
+    """
 
     def __init__(
         self,
@@ -54,6 +63,8 @@ class SupervisorEntry:
         all_ends: Callable[[], bool],
         to: IO[bytes],
         requeue_s: float = _REQUEUE_S,
+        pauses_s: tuple[float, float] = _PAUSES_S,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self.run_dir = run_dir
         self.command = command
@@ -61,9 +72,10 @@ class SupervisorEntry:
         self.all_ends = all_ends
         self.to = to
         self.requeue_s = requeue_s
+        self.pauses_s = pauses_s
+        self.prepare = prepare
         # Set by a signal's handler, which may interrupt anything: no lock is in it.
         self._told = False
-        self._error_log = run_dir.path / "supervisor-error.log"
 
     def terminate(self) -> None:
         """This pod is being taken away."""
@@ -77,27 +89,44 @@ class SupervisorEntry:
         failures = 0
         while self._await_lock():
             began_s = time.monotonic()
-            code = self._run_once()
+            code, ended = self._attempt()
+            if ended is not None and ended != ExitCode.REQUEUE:
+                return self._over(ended)
             if self._told:
                 break
-            if code == ExitCode.REQUEUE:
+            if ExitCode.REQUEUE in (code, ended):
                 logger.info("requeue: the run goes on from its newest snapshot in %.0f s", self.requeue_s)
                 self._pause(self.requeue_s)
+                failures = 0
                 continue
-            if not self._failed_by_itself(code):
-                return self._over(code)
+            if not self._lock_is_free():
+                continue  # another supervisor was quicker to take the run, which is why ours ended
             failures = 1 if time.monotonic() - began_s > _STEADY_S else failures + 1
             logger.warning("the supervisor ended with %d (%d in a row); training goes on without it", code, failures)
             if failures == _ATTEMPTS:
-                return self._over(ExitCode.DO_NOT_RESTART)
+                return self._give_up(code)
+            self._pause(min(self.pauses_s[0] * 2 ** (failures - 1), self.pauses_s[1]))
         return ExitCode.REQUEUE
+
+    def _attempt(self) -> tuple[int, int | None]:
+        """Run a supervisor until it ends. Its exit code, and with which one it has ended the run: None if it has not.
+
+        The journal's word counts where there is one: after it, a supervisor may still fail at its report, say.
+        """
+        journal = self.run_dir.events
+        offset = journal.stat().st_size if journal.exists() else 0
+        code = self._run_once()
+        stopped = [event for event in tail(journal, offset).records if isinstance(event, RunStopped)]
+        if stopped:
+            return code, stopped[-1].exit_code
+        return code, ExitCode.DONE if code == ExitCode.DONE else None
 
     def _await_lock(self) -> bool:
         """Wait until no supervisor has the run; False if this pod must end before. A file server may need minutes to
         see that a host is gone."""
         say_s = time.monotonic()
         while not self._told:
-            if self._lock_is_free():
+            if self._lock_is_free(self.prepare):
                 return True
             if time.monotonic() >= say_s:
                 say_s = time.monotonic() + _SAY_EVERY_S
@@ -105,10 +134,12 @@ class SupervisorEntry:
             self._pause(_LOCK_POLL_S)
         return False
 
-    def _lock_is_free(self) -> bool:
+    def _lock_is_free(self, then: Callable[[], None] = lambda: None) -> bool:
+        """Whether nobody has the run; if so, do `then` while nobody can take it."""
         fd = os.open(self.run_dir.path / "supervisor.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            then()
         except BlockingIOError:
             return False
         finally:
@@ -117,8 +148,6 @@ class SupervisorEntry:
 
     def _run_once(self) -> int:
         """Run the supervisor until it ends; returns its exit code as a shell says it."""
-        with contextlib.suppress(FileNotFoundError):
-            self._error_log.replace(self._error_log.with_suffix(".old.log"))
         child = subprocess.Popen(
             self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -144,8 +173,13 @@ class SupervisorEntry:
             logger.info("only this pod is going: training goes on, and the next supervisor takes over")
             child.kill()
 
-    def _failed_by_itself(self, code: int) -> bool:
-        return code > 128 or (code == ExitCode.FAILED and self._error_log.exists())
+    def _give_up(self, code: int) -> int:
+        """Nothing was heard of the run's end, so it may be training, and is left alone: the Job makes another pod. But
+        where nothing has ever begun, input that is bad five times is bad, and nothing is lost by saying so."""
+        if code == ExitCode.BAD_INPUT and not _has_begun(self.run_dir):
+            return self._over(code)
+        logger.error("%d supervisors in a row failed in this pod; it is for another one to try", _ATTEMPTS)
+        return ExitCode.FAILED
 
     def _over(self, code: int) -> int:
         """The run has ended: every pod leaves with a code of which the failure policies know what it means."""
@@ -153,6 +187,10 @@ class SupervisorEntry:
         logger.info("the run is over: `everstep run` ended with %d, the job does with %d", code, said)
         write_ended(self.run_dir.path, Ended(submission=self.submission, exit_code=said))
         return said
+
+
+def _has_begun(run_dir: RunDir) -> bool:
+    return any(isinstance(event, RunStarted) for event in read_events(run_dir.events))
 
 
 def whole_job_ends(here: Inside, api: KubeApi) -> bool:

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster import kube_orders, kube_pod
+from cluster.events import RunStarted, RunStopped
 from cluster.keys import others_may_read, read_keys
 from cluster.kube_calls import KubeError
 from cluster.kube_key import link_keys, new_key_files, submission_of
@@ -251,12 +252,22 @@ class Supervising:
         self.all_ends = True
         self.code: int | None = None
 
-    def start(self, code: str) -> None:
-        """Run it."""
+    def start(
+        self,
+        code: str,
+        pauses_s: tuple[float, float] = (0.02, 0.02),
+        pause: Callable[[float], None] | None = None,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run it. pause: in place of waiting."""
         self.code = None
         program = f"cd {shlex.quote(str(self.home))}; {code}"
-        entry = SupervisorEntry(self.run_dir, ["bash", "-c", program], "this", lambda: self.all_ends, self.log, 0.1)
-        self.entry = entry
+        command = ["bash", "-c", program]
+        self.entry = SupervisorEntry(
+            self.run_dir, command, "this", lambda: self.all_ends, self.log, 0.1, pauses_s, prepare
+        )
+        if pause is not None:
+            self.entry._pause = pause  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -280,10 +291,17 @@ def supervising(tmp_path: Path) -> Supervising:
     return Supervising(tmp_path)
 
 
+def stops(code: int) -> str:
+    """A shell's line that ends the run as a supervisor does: in its journal."""
+    ended = RunStopped(t_wall_s=1.0, t_mono_s=1.0, exit_code=code, reason="said", last_step=3)
+    return f"echo {shlex.quote(msgspec.json.encode(ended).decode())} >> runs/demo/events.jsonl"
+
+
 @pytest.mark.parametrize(("code", "said"), [(0, 0), (2, 2), (93, 93), (1, 93)])
 def test_the_end_of_a_run_is_told_to_all_pods(supervising: Supervising, code: int, said: int) -> None:
-    """As one of the codes that the failure policies know. A supervisor that the Job makes again ends the same way."""
-    supervising.start(f"echo hello; exit {code}")
+    """As one of the codes that the failure policies know, and if the supervisor fails after its word: a report cannot
+    be written, say. One that the Job makes again ends the same way."""
+    supervising.start(f"echo hello; {stops(code)}; exit 1")
     assert supervising.join() == said
     assert read_ended(supervising.run_dir.path, "this") == Ended(submission="this", exit_code=said)
     assert read_ended(supervising.run_dir.path, "next") is None
@@ -293,24 +311,71 @@ def test_the_end_of_a_run_is_told_to_all_pods(supervising: Supervising, code: in
     assert (supervising.join(), supervising.tries()) == (said, 0)
 
 
+def test_a_run_that_was_done_before_is_done(supervising: Supervising) -> None:
+    """`everstep run` has nothing to do, and writes no end."""
+    supervising.start("exit 0")
+    assert supervising.join() == 0
+    assert read_ended(supervising.run_dir.path, "this") == Ended(submission="this", exit_code=0)
+
+
+@pytest.mark.parametrize("how", ["exit 2", "exit 1", "exit 93", "kill -9 $$"])
+def test_a_supervisor_that_cannot_start_ends_no_run(supervising: Supervising, how: str) -> None:
+    """The run trains on without it: no pod is told to leave, and the Job makes another pod. An end that stands in the
+    journal from before is not this one's."""
+    begun = RunStarted(t_wall_s=1.0, t_mono_s=1.0, run="demo", attempt=1, supervisor_pid=1, target_steps=9)
+    supervising.run_dir.events.write_bytes(msgspec.json.encode(begun) + b"\n")
+    subprocess.run(["bash", "-c", stops(93)], cwd=supervising.home, check=True)
+    supervising.start(f"printf x >> tries; {how}")
+    assert (supervising.join(), supervising.tries()) == (1, 5)
+    assert read_ended(supervising.run_dir.path, "this") is None
+
+
+def test_bad_input_ends_what_never_began(supervising: Supervising) -> None:
+    """After some tries, since a name that is not found may be found soon; then nodes are given back."""
+    supervising.start("printf x >> tries; exit 2")
+    assert (supervising.join(), supervising.tries()) == (2, 5)
+    assert read_ended(supervising.run_dir.path, "this") == Ended(submission="this", exit_code=2)
+
+
 def test_a_supervisor_that_dies_is_started_again(supervising: Supervising) -> None:
-    """SIGKILL, an error of its own that it wrote down, or a requeue; the pod stays."""
-    log = supervising.run_dir.path / "supervisor-error.log"
+    """SIGKILL, an error of its own, bad input for a moment, or a requeue; the pod stays."""
     supervising.start(
-        f"""printf x >> tries; case $(wc -c < tries) in
+        """printf x >> tries; case $(wc -c < tries) in
         1) kill -9 $$ ;;
-        2) touch {log}; exit 1 ;;
-        3) exit 75 ;;
-        4) [ -e {log} ] && exit 9; exit 0 ;;
+        2) exit 1 ;;
+        3) exit 2 ;;
+        4) exit 75 ;;
+        5) exit 0 ;;
         esac"""
     )
-    assert (supervising.join(), supervising.tries()) == (0, 4)
+    assert (supervising.join(), supervising.tries()) == (0, 5)
 
 
-def test_a_supervisor_that_always_dies_ends_the_job(supervising: Supervising) -> None:
-    """Five times; then somebody must look."""
-    supervising.start("printf x >> tries; kill -9 $$")
-    assert (supervising.join(), supervising.tries()) == (93, 5)
+def test_there_is_a_pause_between_failures(supervising: Supervising) -> None:
+    """It doubles, up to a bound; one that must go does not wait for its end."""
+    paused: list[float] = []
+    supervising.start("kill -9 $$", pauses_s=(5.0, 30.0), pause=paused.append)
+    assert supervising.join() == 1
+    assert paused == [5.0, 10.0, 20.0, 30.0]
+    supervising.start("printf x >> tries; exit 1", pauses_s=(300.0, 300.0))
+    eventually(lambda: supervising.tries() == 1)
+    supervising.entry.terminate()
+    assert (supervising.join(), supervising.tries()) == (75, 1)
+
+
+def test_losing_the_race_for_a_run_is_no_failure(supervising: Supervising, caplog: pytest.LogCaptureFixture) -> None:
+    """Two waited for the run and one has it: the other waits again, and ends nobody."""
+    caplog.set_level("INFO")
+    supervising.start(
+        "printf x >> tries; [ -e held ] && exit 0; touch starting; while [ ! -e held ]; do sleep 0.02; done; exit 2"
+    )
+    eventually((supervising.home / "starting").exists)
+    with (supervising.run_dir.path / "supervisor.lock").open("w") as winner:
+        fcntl.flock(winner, fcntl.LOCK_EX)
+        (supervising.home / "held").touch()
+        eventually(lambda: "another supervisor holds the run" in caplog.text)
+        assert (supervising.code, supervising.tries(), "in a row" in caplog.text) == (None, 1, False)
+    assert (supervising.join(), supervising.tries()) == (0, 2)
 
 
 def test_it_waits_until_the_last_one_is_gone(supervising: Supervising, caplog: pytest.LogCaptureFixture) -> None:
