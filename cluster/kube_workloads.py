@@ -15,7 +15,6 @@ from cluster.kube_pods import Manifest, container_name, pod_template
 from trainer.exits import ExitCode
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-EXCLUSIVE_TOPOLOGY = "alpha.jobset.sigs.k8s.io/exclusive-topology"
 ANCESTOR_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"
 
 FOR_GOOD = (ExitCode.BAD_INPUT, ExitCode.DO_NOT_RESTART)
@@ -92,8 +91,6 @@ def _supervisor_job(plan: KubePlan) -> Manifest:
 
 def _jobset_spec(plan: KubePlan) -> Manifest:
     agents: Manifest = {"metadata": {"labels": plan.labels("agents")}, "spec": _agents_job(plan)}
-    if plan.kubernetes.topology_key:
-        agents["metadata"]["annotations"] = {EXCLUSIVE_TOPOLOGY: plan.kubernetes.topology_key}
     if plan.kind == "trainjob":
         agents["metadata"]["labels"][ANCESTOR_LABEL] = "trainer"
     supervisor = {"metadata": {"labels": plan.labels("supervisor")}, "spec": _supervisor_job(plan)}

@@ -24,11 +24,10 @@ from cluster.kube_manifests import manifests, render
 from cluster.kube_names import KubeKind, object_name
 from cluster.kube_plan import KEY_FOLDER, KubePlan
 from cluster.kube_rbac import namespace_rules, node_rules
-from cluster.kube_workloads import EXCLUSIVE_TOPOLOGY
 from configs.load import parse_job
 from configs.profile import load_profile
 from configs.profile_kubernetes import KubernetesProfile, Mount, check_kubernetes
-from tests.unit.kubejobs import FULL, RUNS, SITE, action_of, expanded, jobs_of, plan, request
+from tests.unit.kubejobs import FULL, RUNS, SITE, action_of, expanded, jobs_of, plan, request, selects
 from trainer.exits import ExitCode
 
 ROOT = Path(__file__).parents[2]
@@ -156,12 +155,22 @@ def test_a_job_is_what_was_asked_for(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_topology_is_the_agents_alone(kind: str) -> None:
-    """One domain for the agents; the supervisor does not take another one for itself."""
+    """One domain for the agents, with no agents of others in it. The supervisor may be anywhere: in that domain, if
+    the cluster has no other; JobSet's own annotation would not allow that."""
     made = of_kind(kind)
-    marked = [text for each in manifests(made) for text in texts(each) if text == EXCLUSIVE_TOPOLOGY]
-    together = pod(made, "agents")["affinity"].get("podAffinity")
-    assert (len(marked), bool(together)) == ((0, True) if kind == "job" else (1, False))
-    assert "podAffinity" not in pod(made, "supervisor")["affinity"]
+    agents, supervisor = (pod(made, role)["affinity"] for role in ("agents", "supervisor"))
+    required = "requiredDuringSchedulingIgnoredDuringExecution"
+    (together,) = agents["podAffinity"][required]
+    apart = [each for each in agents["podAntiAffinity"][required] if each["topologyKey"] == "example.com/rack"]
+    assert together["topologyKey"] == "example.com/rack"
+    ours = made.labels("agents")
+    assert selects(together["labelSelector"], ours)
+    assert [selects(each["labelSelector"], ours) for each in apart] == [False]
+    assert [selects(each["labelSelector"], {**ours, "everstep.dev/run": "other"}) for each in apart] == [True]
+    for each in (together, *agents["podAntiAffinity"][required]):
+        assert not selects(each["labelSelector"], made.labels("supervisor"))
+    assert required not in {**supervisor["podAntiAffinity"], **supervisor.get("podAffinity", {})}
+    assert not [text for each in manifests(made) for text in texts(each) if "exclusive-topology" in text]
 
 
 def test_kueue_gets_the_workload() -> None:
