@@ -34,7 +34,6 @@ FULL = msgspec.structs.replace(
     working_dir="/srv",
     secret_env=("wandb",),
     image_pull_secrets=("registry",),
-    capabilities=("IPC_LOCK",),
     mounts=(RUNS, Mount(path="/data", host_path="/mnt/data", read_only=True)),
 )
 _WORDS = "--run.name demo --cluster.backend kubernetes --cluster.nodes 2 --cluster.ranks_per_node 1 --cluster.spares 1"
