@@ -18,20 +18,24 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
+import msgspec
+
 from cluster.events import RunStarted, RunStopped
-from cluster.journal import read_events, tail
+from cluster.journal import tail
 from cluster.kube_calls import KubeApi, KubeClient, KubeError
 from cluster.kube_echo import copied
 from cluster.kube_key import link_keys, submission_of
 from cluster.kube_names import Inside, inside
-from cluster.kube_orders import Ended, read_ended, write_ended
+from cluster.kube_orders import Ended, pods_folder, read_ended, write_ended
 from cluster.kube_paths import workload_path
 from cluster.kube_workloads import FOR_GOOD
-from cluster.rundir import RunDir
+from cluster.rundir import GARBLED, RunDir, safe_name, write_atomically
 from configs.load import load_job
 from trainer.exits import ExitCode
 
@@ -86,15 +90,16 @@ class SupervisorEntry:
         if (ended := read_ended(self.run_dir.path, self.submission)) is not None:
             logger.info("this submission has ended with %d; a new one needs a new key", ended.exit_code)
             return ended.exit_code
+        has_begun(self.run_dir, self.submission)
         failures = 0
         while self._await_lock():
             began_s = time.monotonic()
-            code, ended = self._attempt()
-            if ended is not None and ended != ExitCode.REQUEUE:
-                return self._over(ended)
+            code, end = self._attempt()
+            if end is not None and end != ExitCode.REQUEUE:
+                return self._over(end)
             if self._told:
                 break
-            if ExitCode.REQUEUE in (code, ended):
+            if ExitCode.REQUEUE in (code, end):
                 logger.info("requeue: the run goes on from its newest snapshot in %.0f s", self.requeue_s)
                 self._pause(self.requeue_s)
                 failures = 0
@@ -175,8 +180,8 @@ class SupervisorEntry:
 
     def _give_up(self, code: int) -> int:
         """Nothing was heard of the run's end, so it may be training, and is left alone: the Job makes another pod. But
-        where nothing has ever begun, input that is bad five times is bad, and nothing is lost by saying so."""
-        if code == ExitCode.BAD_INPUT and not _has_begun(self.run_dir):
+        where nothing has begun, input that is bad five times is bad, and nothing is lost by saying so."""
+        if code == ExitCode.BAD_INPUT and not has_begun(self.run_dir, self.submission):
             return self._over(code)
         logger.error("%d supervisors in a row failed in this pod; it is for another one to try", _ATTEMPTS)
         return ExitCode.FAILED
@@ -189,8 +194,29 @@ class SupervisorEntry:
         return said
 
 
-def _has_begun(run_dir: RunDir) -> bool:
-    return any(isinstance(event, RunStarted) for event in read_events(run_dir.events))
+def has_begun(run_dir: RunDir, submission: str) -> bool:
+    """Whether the run was begun since this was first asked for this submission. OSError as the volume has it."""
+    path = pods_folder(run_dir.path) / "_since.json"  # no pod's name begins so
+    since = _read_since(path)
+    if since is None or since.submission != submission:
+        since = _Since(submission, run_dir.events.stat().st_size if run_dir.events.exists() else 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, msgspec.json.encode(since))
+    return any(isinstance(event, RunStarted) for event in tail(run_dir.events, since.offset).records)
+
+
+class _Since(msgspec.Struct, frozen=True):
+    """A submission, and where in the journal what it does begins."""
+
+    submission: str
+    offset: int
+
+
+def _read_since(path: Path) -> _Since | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Since)
+    except (FileNotFoundError, *GARBLED):
+        return None
 
 
 def whole_job_ends(here: Inside, api: KubeApi) -> bool:
@@ -216,25 +242,45 @@ def _asked_of_the_server(environ: Mapping[str, str]) -> Callable[[], bool]:
     return ask
 
 
+def _folder_of(job: Path) -> RunDir:
+    """Where the run is, also if this version cannot read the rest of its configuration."""
+    try:
+        run = tomllib.loads(job.read_text())["run"]
+        return RunDir(Path(run["dir"]).absolute() / safe_name(run["name"], "run.name"))
+    except (KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{job}: run.dir and run.name cannot be read ({error!r}); submit again") from None
+
+
 def main() -> int:
     """Entry point."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     job, key = Path(sys.argv[1]), Path(sys.argv[2])
     try:
-        run_dir = RunDir.of(load_job(job))
+        submission, run_dir = submission_of(key), _folder_of(job)
         run_dir.create()
-        submission = submission_of(key)
-        all_ends = _asked_of_the_server(os.environ)
-        link_keys(run_dir, key)
     except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            logger.error("%s", line)
-        return ExitCode.BAD_INPUT if isinstance(error, ValueError) else ExitCode.FAILED
+        return _said(error)
+    try:
+        load_job(job)
+        all_ends = _asked_of_the_server(os.environ)
+    except (ValueError, OSError) as error:
+        code = _said(error)
+        if code == ExitCode.BAD_INPUT and not has_begun(run_dir, submission):
+            write_ended(run_dir.path, Ended(submission=submission, exit_code=code))
+        return code
     command = [sys.executable, "-m", "cluster.cli", "run", str(job)]
-    entry = SupervisorEntry(run_dir, command, submission, all_ends, sys.stdout.buffer)
+    entry = SupervisorEntry(
+        run_dir, command, submission, all_ends, sys.stdout.buffer, prepare=partial(link_keys, run_dir, key)
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: entry.terminate())
     return entry.run()
+
+
+def _said(error: Exception) -> int:
+    for line in str(error).splitlines():
+        logger.error("%s", line)
+    return ExitCode.BAD_INPUT if isinstance(error, ValueError) else ExitCode.FAILED
 
 
 if __name__ == "__main__":

@@ -118,9 +118,7 @@ def _plain_job(plan: KubePlan, role: Role) -> Manifest:
     name = f"{plan.name}-{role}"
     # Kueue sees two Jobs, and could admit one without the other: only the one with the GPUs waits in its queue.
     metadata, spec = (
-        (_queued(plan, name), _agents_job(plan))
-        if role == "agents"
-        else (plan.metadata(name), _supervisor_job(plan))
+        (_queued(plan, name), _agents_job(plan)) if role == "agents" else (plan.metadata(name), _supervisor_job(plan))
     )
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 

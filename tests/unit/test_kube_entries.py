@@ -25,15 +25,17 @@ from hypothesis import strategies as st
 
 from cluster import kube_orders, kube_pod
 from cluster.events import RunStarted, RunStopped
-from cluster.keys import others_may_read, read_keys
+from cluster.keys import make_or_read_keys, make_transfer_key, others_may_read, read_keys
 from cluster.kube_calls import KubeError
 from cluster.kube_key import link_keys, new_key_files, submission_of
 from cluster.kube_names import Inside, inside
 from cluster.kube_orders import Ended, PodOrder, PodState, read_ended, read_order, read_state, write_ended, write_order
 from cluster.kube_pod import DOMAIN, Pod, PodEntry, this_pod
-from cluster.kube_run import SupervisorEntry, whole_job_ends
-from cluster.rundir import RunDir
+from cluster.kube_run import SupervisorEntry, has_begun, whole_job_ends
+from cluster.lease import Lease
+from cluster.rundir import RunDir, write_atomically
 from configs.load import load_job, resolve_toml
+from trainer.paths import transfer_key_path
 
 POD = Pod("demo-agents-0-1-abcde", "uid-1", "node7")
 WITHIN_S = 20.0
@@ -219,6 +221,35 @@ def test_what_cannot_be_read_or_started_is_no_reason_to_end(running: Running, ca
     running.start(3)
 
 
+def test_a_pod_that_nobody_gives_work_gives_its_node_back(tmp_path: Path) -> None:
+    """Not while somebody renews the lease, nor while its agent runs: that knows by itself what to do."""
+    run_dir = RunDir(tmp_path / "runs" / "demo")
+    run_dir.create()
+    entry = PodEntry(run_dir, POD, "this", io.BytesIO())
+    began_s = time.monotonic()
+    assert entry.tick(began_s + 590) is None
+    for renewals in (1, 2):
+        lease = Lease(supervisor="s", host="h", pid=1, renewals=renewals, rounds=1, t_wall_s=0.0)
+        write_atomically(run_dir.lease, msgspec.json.encode(lease))
+        assert entry.tick(began_s + 650 * renewals) is None
+    entry._handle = "an agent"
+    assert entry.tick(began_s + 5000) is None
+    entry._handle = ""
+    # As long as the run says, once there is one.
+    run_dir.config.write_text(resolve_toml(load_job("debug_dense", ["--cluster.supervisor_lost_timeout_s", "700"])))
+    assert entry.tick(began_s + 5690) is None
+    assert entry.tick(began_s + 5710) == 1
+
+
+def test_what_goes_on_is_said_once(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """A pod's log is not filled with one line while a volume is away."""
+    kube_orders.order_path(running.run_dir.path, POD.name).write_bytes(b"{")
+    eventually(lambda: "what to do cannot be read" in caplog.text)
+    looks = running.entry._orders_due_s
+    eventually(lambda: running.entry._orders_due_s > looks + 0.3)
+    assert caplog.text.count("what to do cannot be read") == 1
+
+
 @given(st.binary(max_size=60), st.text(max_size=20))
 def test_orders_are_read_strictly(tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str) -> None:
     """Garbage is said to be that, and a name can be no path."""
@@ -322,6 +353,7 @@ def test_a_run_that_was_done_before_is_done(supervising: Supervising) -> None:
 def test_a_supervisor_that_cannot_start_ends_no_run(supervising: Supervising, how: str) -> None:
     """The run trains on without it: no pod is told to leave, and the Job makes another pod. An end that stands in the
     journal from before is not this one's."""
+    assert not has_begun(supervising.run_dir, "this")
     begun = RunStarted(t_wall_s=1.0, t_mono_s=1.0, run="demo", attempt=1, supervisor_pid=1, target_steps=9)
     supervising.run_dir.events.write_bytes(msgspec.json.encode(begun) + b"\n")
     subprocess.run(["bash", "-c", stops(93)], cwd=supervising.home, check=True)
@@ -331,7 +363,10 @@ def test_a_supervisor_that_cannot_start_ends_no_run(supervising: Supervising, ho
 
 
 def test_bad_input_ends_what_never_began(supervising: Supervising) -> None:
-    """After some tries, since a name that is not found may be found soon; then nodes are given back."""
+    """After some tries, since a name that is not found may be found soon; then nodes are given back. What an earlier
+    submission did of the run does not count."""
+    begun = RunStarted(t_wall_s=1.0, t_mono_s=1.0, run="demo", attempt=1, supervisor_pid=1, target_steps=9)
+    supervising.run_dir.events.write_bytes(msgspec.json.encode(begun) + b"\n")
     supervising.start("printf x >> tries; exit 2")
     assert (supervising.join(), supervising.tries()) == (2, 5)
     assert read_ended(supervising.run_dir.path, "this") == Ended(submission="this", exit_code=2)
@@ -449,7 +484,7 @@ def test_whether_all_goes_is_asked_of_the_server(said: dict[str, Any] | KubeErro
 
 
 def test_keys_are_a_link_on_the_shared_volume(tmp_path: Path) -> None:
-    """The run finds them where it always does, and none lies there; what did is removed."""
+    """The run finds them where it always does, and none of ours lies there; those of another cluster are kept."""
     key = key_folder(tmp_path / "key")
     run_dir = RunDir(tmp_path / "runs" / "demo")
     run_dir.keys.parent.mkdir(parents=True)
@@ -462,7 +497,35 @@ def test_keys_are_a_link_on_the_shared_volume(tmp_path: Path) -> None:
     link_keys(run_dir, other)
     assert read_keys(run_dir.keys) == read_keys(other / "job.json")
     assert submission_of(key) != submission_of(other)
+    assert (run_dir.path / "secrets.before" / run_dir.keys.name).read_text() == "old"
     assert (key / "job.json").exists()
+
+
+def test_a_run_leaves_kubernetes(tmp_path: Path) -> None:
+    """Elsewhere the link leads nowhere: the run gets keys of its own."""
+    run_dir = RunDir(tmp_path / "runs" / "demo")
+    run_dir.create()
+    link_keys(run_dir, tmp_path / "absent")
+    made = make_or_read_keys(run_dir.keys)
+    assert read_keys(run_dir.keys) == made
+    assert not run_dir.keys.parent.is_symlink()
+    assert run_dir.keys.parent.stat().st_mode & 0o777 == 0o700
+    link_keys(run_dir, tmp_path / "absent")
+    make_transfer_key(transfer_key_path(run_dir.path))
+    assert transfer_key_path(run_dir.path).stat().st_size == 32
+
+
+def test_keys_of_a_live_run_are_left_alone(supervising: Supervising, caplog: pytest.LogCaptureFixture) -> None:
+    """They are changed only while nobody has the run, before a supervisor begins."""
+    caplog.set_level("INFO")
+    done: list[int] = []
+    with (supervising.run_dir.path / "supervisor.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        supervising.start("printf x >> tries", prepare=lambda: done.append(supervising.tries()))
+        eventually(lambda: "another supervisor holds the run" in caplog.text)
+        assert done == []
+    assert supervising.join() == 0
+    assert done == [0]
 
 
 def test_keys_are_made_by_hand_too(tmp_path: Path) -> None:
@@ -496,3 +559,19 @@ def test_entries_are_commands(tmp_path: Path) -> None:
     command[-1] = str(tmp_path)
     lacking = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=WITHIN_S)
     assert (lacking.returncode, "job.json" in lacking.stderr) == (1, True)
+
+
+def test_a_job_that_this_version_cannot_read_ends_at_once(tmp_path: Path) -> None:
+    """Nobody holds nodes for it; but what was begun is left to those who run it."""
+    key, job = key_folder(tmp_path / "key"), tmp_path / "job.toml"
+    run_dir = RunDir(tmp_path / "runs" / "demo")
+    job.write_text(f'[run]\nname = "demo"\ndir = "{tmp_path}/runs"\nnewer_key = 1\n')
+    command = [sys.executable, "-m", "cluster.kube_run", str(job), str(key)]
+    ended = [None, Ended(submission=submission_of(key), exit_code=2)]
+    for begun in (False, True):
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S)
+        assert (ran.returncode, "newer_key" in ran.stderr) == (2, True), ran.stderr
+        assert read_ended(run_dir.path, submission_of(key)) == ended[not begun]
+        kube_orders.pods_folder(run_dir.path).joinpath("_ended.json").unlink(missing_ok=True)
+        event = RunStarted(t_wall_s=1.0, t_mono_s=1.0, run="demo", attempt=1, supervisor_pid=1, target_steps=9)
+        run_dir.events.write_bytes(msgspec.json.encode(event) + b"\n")
