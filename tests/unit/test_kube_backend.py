@@ -388,9 +388,20 @@ def test_the_command_line_does_all_of_it(
     assert code == 2
     assert "kubectl exec -n default job/demo-supervisor-0 -- everstep logs demo --dir /runs" in said
     owner = ["--cluster", "kubernetes", "--profile", "site.toml"]
-    assert run("drain", "node1/node1", "--reason", "noisy fan", *owner)[0] == 0
+    code, said = run("drain", "node1", "--reason", "noisy fan", *owner)
+    assert code == 0
+    there = (
+        "kubectl exec -n default job/demo-supervisor-0 -- everstep drain node1/node1 --reason 'noisy fan' --dir /runs"
+    )
+    assert said.splitlines()[-1].endswith(there)
     assert "everstep: noisy fan" in run("nodes", *owner)[1]
-    assert run("readmit", "node1", "--reason", "repaired", *owner)[0] == 0
+    code, said = run("readmit", "node1", "--reason", "repaired", *owner)
+    assert (code, "everstep readmit node1/node1 --reason repaired --dir /runs" in said) == (0, True)
     assert server.objects[f"{NODES}/node1"]["spec"]["unschedulable"] is False
+    # A profile that leads elsewhere does not hide the job that is there.
+    Path("other.toml").write_text(Path("site.toml").read_text() + 'namespace = "other"\n')
+    code, said = run(*words[:5], "other.toml", *words[6:])
+    assert (code, "already submitted as kubernetes jobset/demo" in said) == (2, True), said
+    assert not [path for path in server.objects if "/other/" in path]
     assert run("cancel", "demo")[0] == 0
     assert set(server.objects) == {f"{NODES}/node1"}
