@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
-import psutil
 
 from cluster.kube_echo import Follower
 from cluster.kube_key import submission_of
 from cluster.kube_names import NODE_NAME, POD_NAME, POD_UID
 from cluster.kube_orders import PodOrder, PodState, checked_pod, read_ended, read_order, write_state
+from cluster.kube_orphans import reap_orphans
 from cluster.lease import Lease, read_lease
 from cluster.local import LocalScheduler
 from cluster.rundir import RunDir
@@ -119,7 +119,7 @@ class PodEntry:
                 return ExitCode.FAILED
         if now_s >= self._reap_due_s:
             self._reap_due_s = now_s + _REAP_S
-            self._reap()
+            reap_orphans(self._state.pid)
         self._say()
         return None
 
@@ -241,15 +241,6 @@ class PodEntry:
             self._local.close()
         self._change(leaving=True)
         return code
-
-    def _reap(self) -> None:
-        """Processes whose parents died are given to the first process of a pod, which this is."""
-        if os.getpid() != 1:
-            return
-        for child in psutil.Process().children():
-            with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
-                if child.pid != self._state.pid and child.status() == psutil.STATUS_ZOMBIE:
-                    os.waitpid(child.pid, os.WNOHANG)
 
 
 def this_pod(environ: Mapping[str, str]) -> Pod:

@@ -33,6 +33,7 @@ from cluster.kube_echo import copied
 from cluster.kube_key import link_keys, submission_of
 from cluster.kube_names import Inside, inside
 from cluster.kube_orders import Ended, pods_folder, read_ended, write_ended
+from cluster.kube_orphans import reap_orphans
 from cluster.kube_paths import workload_path
 from cluster.kube_workloads import FOR_GOOD
 from cluster.rundir import GARBLED, RunDir, safe_name, write_atomically
@@ -42,6 +43,7 @@ from trainer.exits import ExitCode
 _TICK_S = 0.1
 _LOCK_POLL_S = 1.0
 _SAY_EVERY_S = 60.0
+_REAP_S = 5.0
 _REQUEUE_S = 30.0
 _PAUSES_S = (5.0, 300.0)
 _ATTEMPTS = 5
@@ -158,7 +160,11 @@ class SupervisorEntry:
         )
         assert child.stdout is not None
         with child.stdout as source, copied(source, self.to, self.run_dir.path / "supervisor.log"):
+            reap_s = time.monotonic()
             while child.poll() is None and not self._told:
+                if time.monotonic() >= reap_s:
+                    reap_s = time.monotonic() + _REAP_S
+                    reap_orphans(child.pid)
                 time.sleep(_TICK_S)
             if child.poll() is None:
                 self._pass_on(child)

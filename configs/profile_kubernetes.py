@@ -56,7 +56,8 @@ class KubernetesProfile(Section, frozen=True, kw_only=True):
 
     run_as_user, fs_group: whose processes they are, and the group of their volumes. capabilities: added to none at all;
     only root has what is added, so they need run_as_user = 0.
-    grace_s: how long a pod may take to save and leave. bad_node: what is done to a node that is evicted as bad.
+    grace_s: how long a pod may take to save and leave. bad_node: what is done to a node that is evicted as bad;
+    with none, nothing keeps the Job from making the next pod there.
     """
 
     namespace: str = "default"

@@ -480,6 +480,26 @@ def test_whether_all_goes_is_asked_of_the_server(said: dict[str, Any] | KubeErro
     assert this_pod(environ) == Pod("p", "u", "n")
 
 
+def test_orphans_are_waited_for() -> None:
+    """They become children of a pod's first process; its own child is left to who waits for it."""
+    program = """
+import ctypes, subprocess, time, psutil
+from cluster.kube_orphans import reap_orphans
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: what process 1 is by itself
+own = subprocess.Popen(["true"])
+subprocess.run(["sh", "-c", "true & exec true"], check=True)
+subprocess.run(["sh", "-c", "(sh -c 'exit 3' &) ; true"], check=True)
+me, deadline_s = psutil.Process(), time.monotonic() + 10
+while [each.status() for each in me.children()] != ["zombie"] or me.children()[0].pid != own.pid:
+    reap_orphans(own.pid, first=True)
+    assert time.monotonic() < deadline_s, me.children()
+    time.sleep(0.02)
+assert own.wait() == 0
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=WITHIN_S)
+    assert ran.returncode == 0, ran.stderr
+
+
 # Keys -------------------------------------------------------------------------------------------------------------
 
 

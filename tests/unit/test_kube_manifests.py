@@ -197,6 +197,8 @@ def test_the_key_is_in_its_secret_and_nowhere_else(kind: str) -> None:
     for key in (held["server"]["secret"], held["client"]["secret"], *data.values()):
         assert key not in shown
     assert "kind: Secret" not in shown
+    # One that is made by hand is known for this run's by its label, or nobody would replace or delete it.
+    assert "kubectl label secret demo-key -n default everstep.dev/run=demo" in render(made)
     for role in ROLES:
         spec = pod(made, role)
         (volume,) = [each for each in spec["volumes"] if each["name"] == "key"]
