@@ -128,34 +128,39 @@ def _show_owners(kind: ClusterKind, profile: str, console: Console) -> int:
     return ExitCode.DONE
 
 
-def note_drained(name: str, reason: str, history: str, runs: str) -> NodeId:
-    """Write into the history that a node gets no more work. Raises ValueError for a name that could be several."""
-    from cluster.history import Drained
+def note_drained(name: str, reason: str, history: str, runs: str, machine: bool = False) -> NodeId:
+    """Write into the history that a node gets no more work. Raises ValueError for a name that could be several.
 
-    return _note(Drained, "drain", name, reason, history, runs)
+    machine: it is one of somebody's cluster, known by this name whether or not the history has heard of it.
+    """
+    from cluster.history import HISTORY_FILE, Drained
 
-
-def note_readmitted(name: str, reason: str, history: str, runs: str) -> NodeId:
-    """Write into the history that a node was repaired. Raises ValueError for a name that could be several nodes."""
-    from cluster.history import Readmitted
-
-    return _note(Readmitted, "readmit", name, reason, history, runs)
+    return _note(Drained, "drain", name, reason, Path(history or Path(runs) / HISTORY_FILE), machine)
 
 
-def _note(kind: type[Drained] | type[Readmitted], word: str, name: str, reason: str, history: str, runs: str) -> NodeId:
-    from cluster.history import HISTORY_FILE, HistoryFile
+def note_readmitted(name: str, reason: str, history: str, runs: str, machine: bool = False) -> NodeId:
+    """Write into the history that a node was repaired. See `note_drained`."""
+    from cluster.history import HISTORY_FILE, Readmitted
+
+    return _note(Readmitted, "readmit", name, reason, Path(history or Path(runs) / HISTORY_FILE), machine)
+
+
+def _note(
+    kind: type[Drained] | type[Readmitted], word: str, name: str, reason: str, path: Path, machine: bool
+) -> NodeId:
+    from cluster.history import HistoryFile
 
     if not reason.strip():
         raise ValueError(f"say why: everstep {word} {name} --reason TEXT")
-    file = HistoryFile(Path(history or Path(runs) / HISTORY_FILE))
-    node = _find(name, file)
+    file = HistoryFile(path)
+    node = _find(name, file, machine)
     if not file.append([kind(t_wall_s=time.time(), node=node, reason=reason, who=getpass.getuser())]):
         raise OSError(f"{file.path} is held by another process; try again")
     sys.stdout.write(f"{node.label}: {word} noted in {file.path}\n")
     return node
 
 
-def _find(name: str, file: HistoryFile) -> NodeId:
+def _find(name: str, file: HistoryFile, machine: bool) -> NodeId:
     """The node of that name: `host/name`, or what of it is enough to tell it from others."""
     from cluster.history import NodeId
     from cluster.rundir import safe_name
@@ -171,8 +176,8 @@ def _find(name: str, file: HistoryFile) -> NodeId:
         raise ValueError(f"{name!r} could be {', '.join(each.label for each in matching)}; say which")
     if matching:
         return matching[0]
-    if slash:
-        return NodeId(host, rest)
+    if slash or machine:
+        return NodeId(host, rest if slash else host)
     have = ", ".join(each.label for each in known) or "none"
     raise ValueError(f"{file.path} knows no node {name!r}; it has: {have} (a new one is named host/name)")
 

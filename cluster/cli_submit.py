@@ -100,7 +100,8 @@ def submit(command: Submit, overrides: Sequence[str]) -> int:
         return ExitCode.DONE
     before = read_submission(request.run_dir)
     if before is not None:
-        _refuse_second(before, backend if before.cluster == command.cluster else _backend_of(before, request.profile))
+        # Where it was submitted, which need not be where this profile leads.
+        _refuse_second(before, _backend_of(before, request.profile))
     request.run_dir.mkdir(parents=True, exist_ok=True)
     job_id = backend.submit(request)
     kubernetes = request.profile.kubernetes if command.cluster == "kubernetes" else None
@@ -139,9 +140,12 @@ def drain(command: Drain, _overrides: Sequence[str]) -> int:
     from cluster.backend import open_backend
     from cluster.cli_nodes import note_drained
 
-    backend = open_backend(command.cluster, _profile(command.profile))
-    node = note_drained(command.node, command.reason, command.history, command.dir)
+    profile = _profile(command.profile)
+    backend = open_backend(command.cluster, profile)
+    machine = command.cluster != "local"
+    node = note_drained(command.node, command.reason, command.history, command.dir, machine)
     backend.drain(node.name, f"everstep: {command.reason}")
+    _tell_runs_elsewhere("drain", node.name, command, profile)
     return ExitCode.DONE
 
 
@@ -150,8 +154,11 @@ def readmit(command: Readmit, _overrides: Sequence[str]) -> int:
     from cluster.backend import open_backend
     from cluster.cli_nodes import note_readmitted
 
-    backend = open_backend(command.cluster, _profile(command.profile))
-    node = note_readmitted(command.node, command.reason, command.history, command.dir)
+    profile = _profile(command.profile)
+    backend = open_backend(command.cluster, profile)
+    machine = command.cluster != "local"
+    node = note_readmitted(command.node, command.reason, command.history, command.dir, machine)
+    _tell_runs_elsewhere("readmit", node.name, command, profile)
     backend.readmit(node.name)
     return ExitCode.DONE
 
@@ -165,11 +172,34 @@ def logs_elsewhere(submission: Submission) -> str:
     """Where to read the logs of a run of which this machine sees only the submission; "" if it must see all."""
     if not submission.runs:
         return ""
+    there = _in_pod(submission, "logs", submission.run)
+    return f"run {submission.run!r} keeps its logs on a volume that is not here; there: {there}"
+
+
+def _in_pod(submission: Submission, *words: str) -> str:
+    """The command that runs `everstep` with these words where a run's volume is."""
     kind, _, name = submission.job_id.partition("/")
-    words = ["kubectl", *(["--context", submission.context] if submission.context else []), "exec"]
+    begin = ["kubectl", *(["--context", submission.context] if submission.context else []), "exec"]
     job = f"job/{name}-supervisor" if kind == "job" else f"job/{name}-supervisor-0"
-    words += ["-n", submission.namespace, job, "--", "everstep", "logs", submission.run, "--dir", submission.runs]
-    return f"run {submission.run!r} keeps its logs on a volume that is not here; there: {shlex.join(words)}"
+    return shlex.join([*begin, "-n", submission.namespace, job, "--", "everstep", *words, "--dir", submission.runs])
+
+
+def _tell_runs_elsewhere(word: str, node: str, command: Drain | Readmit, profile: ClusterProfile) -> None:
+    """Runs whose volume is not here remember nodes there: say how they hear of it."""
+    from cluster.backend import read_submission
+
+    place = (profile.kubernetes.namespace, profile.kubernetes.context)
+    if command.cluster != "kubernetes" or command.history:
+        return
+    seen: set[str] = set()
+    for path in sorted(Path(command.dir).glob("*/submission.json")):
+        each = read_submission(path.parent)
+        if each is None or not each.runs or each.runs in seen or (each.namespace, each.context) != place:
+            continue
+        seen.add(each.runs)
+        # Of both names, which a node has that its history does not know yet.
+        there = _in_pod(each, word, f"{node}/{node}", "--reason", command.reason)
+        sys.stdout.write(f"runs in {each.runs} of the cluster remember nodes for themselves; tell them: {there}\n")
 
 
 def _request(command: Submit, overrides: Sequence[str]) -> JobRequest:
@@ -217,7 +247,8 @@ def _backend_of(submission: Submission, profile: ClusterProfile) -> Backend:
         there = msgspec.structs.replace(
             profile.kubernetes,
             namespace=submission.namespace or profile.kubernetes.namespace,
-            context=submission.context or profile.kubernetes.context,
+            # A submission has a namespace; its context may be "", the current one.
+            context=submission.context if submission.namespace else profile.kubernetes.context,
         )
         profile = msgspec.structs.replace(profile, kubernetes=there)
     return open_backend(submission.cluster, profile)

@@ -33,7 +33,7 @@ def make_or_read_keys(path: Path) -> JobKeys:
     """The run's keys; made on the first call."""
     if path.exists():
         return read_keys(path)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_folder(path.parent)
     keys = new_keys()
     write_atomically(path, msgspec.json.encode(keys), mode=0o600)
     return keys
@@ -47,7 +47,7 @@ def new_keys() -> JobKeys:
 def make_transfer_key(path: Path) -> None:
     """The secret with which agents move snapshots among each other; made on the first call, 0600."""
     if not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_folder(path.parent)
         write_atomically(path, secrets.token_bytes(32), mode=0o600)
 
 
@@ -73,6 +73,13 @@ def others_may_read(mode: int, owner: int, me: int) -> bool:
     """
     mounted = owner == 0 and me != 0 and mode & 0o077 == 0o040
     return bool(mode & 0o077) and not mounted
+
+
+def _make_folder(folder: Path) -> None:
+    # A run that was on Kubernetes has a link here, to where its pods had their key (`cluster.kube_key`).
+    if folder.is_symlink() and not folder.exists():
+        folder.unlink()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _new_pair() -> KeyPair:

@@ -34,6 +34,10 @@ _PATCH_TRIES = 5
 _PAGE = "500"
 _FOREGROUND = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
 """An object stays, marked, until its pods are gone."""
+_BACKGROUND = {**_FOREGROUND, "propagationPolicy": "Background"}
+_NOT_SEEN_YET = "must be created before"
+"""Kubeflow's Trainer says so of a runtime that is there, until its own view of the cluster has caught up."""
+_SEEN_TRIES = 10
 
 logger = logging.getLogger("everstep.kubernetes")
 
@@ -83,8 +87,7 @@ class KubeBackend:
     def cancel(self, job_id: str) -> None:
         """Delete the workload and what was made for it: its pods save and leave in their grace time."""
         kind, name = _split(job_id)
-        for path in all_paths(kind, self._namespace, name):
-            self._delete(path, name)
+        self._delete_all(kind, self._namespace, name)
 
     def drain(self, node: str, reason: str) -> None:
         """Cordon, and taint as the profile says; pods that run there go on."""
@@ -111,26 +114,29 @@ class KubeBackend:
         for kind in get_args(KubeKind):
             path = workload_path(kind, plan.namespace, plan.name)
             found = self._find(path, or_hidden=kind != plan.kind)
-            if found is None:
+            if found is None or _is_made_by_another(found):
                 continue
             if not _is_run(found, plan.name):
                 raise KubeError(_not_ours(path, plan), CONFLICT)
-            if found["metadata"].get("deletionTimestamp"):
-                self._await_gone(path)
-                continue
-            if not is_over(found):
+            if not found["metadata"].get("deletionTimestamp") and not is_over(found):
                 state = job_status(found, ()).detail
                 raise KubeError(
                     f"{kind}/{plan.name} is there already, in namespace {plan.namespace} ({state}): "
                     f"`everstep cancel {plan.config.run.name}` first, or choose another run.name",
                     CONFLICT,
                 )
-            for each in all_paths(kind, plan.namespace, plan.name):
-                self._delete(each, plan.name)
-            self._await_gone(path)
+            deleted = self._delete_all(kind, plan.namespace, plan.name)
+            deadline_s = time.monotonic() + _GONE_TIMEOUT_S
+            for each in deleted:
+                self._await_gone(each, deadline_s)
 
-    def _await_gone(self, path: str) -> None:
-        deadline_s = time.monotonic() + _GONE_TIMEOUT_S
+    def _delete_all(self, kind: KubeKind, namespace: str, name: str) -> Sequence[str]:
+        """Delete a workload and what was made for it; returns what was there."""
+        paths = all_paths(kind, namespace, name)
+        # Jobs stay until their pods are gone, which may still save; nothing depends on the others.
+        return [path for path in paths if self._delete(path, name, _FOREGROUND if _has_pods(path) else _BACKGROUND)]
+
+    def _await_gone(self, path: str, deadline_s: float) -> None:
         while self._find(path) is not None:
             if time.monotonic() > deadline_s:
                 raise KubeError(f"{path} is still being deleted; submit again when it is gone", CONFLICT)
@@ -139,22 +145,36 @@ class KubeBackend:
     def _put(self, manifest: Manifest) -> None:
         """Create an object; one that an earlier submission of the run left is replaced, any other is a conflict."""
         try:
-            self.api.call("POST", path_of(manifest, collection=True), manifest)
+            self._post(manifest)
         except KubeError as error:
             if error.status != CONFLICT:
                 raise
             path = path_of(manifest)
             found = self._find(path)
             name = manifest["metadata"]["labels"][LABEL_RUN]
-            if found is None or not _is_run(found, name) or found["metadata"].get("deletionTimestamp"):
+            if found is None or not _is_run(found, name):
                 raise
+            if found["metadata"].get("deletionTimestamp"):
+                self._await_gone(path, time.monotonic() + _GONE_TIMEOUT_S)
+                self._post(manifest)
+                return
             metadata = {**manifest["metadata"], "resourceVersion": found["metadata"].get("resourceVersion")}
             self.api.call("PUT", path, {**manifest, "metadata": metadata})
+
+    def _post(self, manifest: Manifest) -> None:
+        for attempt in range(_SEEN_TRIES):
+            try:
+                self.api.call("POST", path_of(manifest, collection=True), manifest)
+                return
+            except KubeError as error:
+                if _NOT_SEEN_YET not in str(error) or attempt == _SEEN_TRIES - 1:
+                    raise
+                time.sleep(_POLL_S)
 
     def _take_back(self, made: Sequence[Manifest]) -> None:
         for manifest in reversed(made):
             try:
-                self._delete(path_of(manifest), manifest["metadata"]["labels"][LABEL_RUN])
+                self._delete(path_of(manifest), manifest["metadata"]["labels"][LABEL_RUN], _BACKGROUND)
             except KubeError as error:
                 logger.warning("%s may be left over: %s", path_of(manifest), error)
 
@@ -179,15 +199,19 @@ class KubeBackend:
             if not more:
                 return items
 
-    def _delete(self, path: str, name: str) -> None:
-        """Delete what is there and is of this run; what this user may not even see was not made by them."""
+    def _delete(self, path: str, name: str, options: Manifest) -> bool:
+        """Delete what is there and is of this run; what this user may not even see was not made by them. Whether it was
+        there."""
         try:
             found = self._find(path)
-            if found is not None and _is_run(found, name):
-                self.api.call("DELETE", path, _FOREGROUND)
+            if found is None or not _is_run(found, name):
+                return False
+            if not found["metadata"].get("deletionTimestamp"):
+                self.api.call("DELETE", path, options)
+            return True
         except KubeError as error:
             if error.status == NOT_FOUND or (error.status == FORBIDDEN and "rbac.authorization" in path):
-                return
+                return False
             raise
 
     def _patch_node(self, node: str, patch: Callable[[Manifest], Manifest | None]) -> Manifest:
@@ -217,6 +241,15 @@ def _split(job_id: str) -> tuple[KubeKind, str]:
 
 def _is_run(found: Manifest, name: str) -> bool:
     return (found["metadata"].get("labels") or {}).get(LABEL_RUN) == name
+
+
+def _is_made_by_another(found: Manifest) -> bool:
+    """Whether a controller made it, and takes it away with what it made it of: the JobSet of a TrainJob, say."""
+    return any(each.get("controller") for each in found["metadata"].get("ownerReferences") or ())
+
+
+def _has_pods(path: str) -> bool:
+    return path.split("/")[-2] in ("jobs", "jobsets", "trainjobs")
 
 
 def _not_ours(path: str, plan: KubePlan) -> str:

@@ -56,6 +56,8 @@ def submission_of(folder: Path) -> str:
 def link_keys(run_dir: RunDir, folder: Path) -> None:
     """Have the run's keys be those in folder, where every pod has them mounted: none lies on the shared volume.
 
+    To be called by who holds the run: a live supervisor's keys must not change.
+
     Raises:
         OSError: if the run directory cannot be written.
     """
@@ -64,7 +66,10 @@ def link_keys(run_dir: RunDir, folder: Path) -> None:
         if place.readlink() == folder:
             return
     elif place.exists():
-        shutil.rmtree(place)  # from a time when the run was on another kind of cluster
+        # From a time when the run was on another kind of cluster; it may go back there.
+        before = place.with_name(f"{place.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
+        place.rename(before)
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cluster.kube_names import LABEL_RUN
 from cluster.kube_plan import KubePlan
 from cluster.kube_pods import Manifest
 from cluster.kube_rbac import account_objects
@@ -35,7 +36,7 @@ def render(plan: KubePlan) -> str:
         f"{plan.config.cluster.spares} stand by. Written by `everstep submit`.",
         f"# The Secret {name}-key is not shown. `everstep submit` makes it, with new keys each time. By hand:",
         f"#   python -m cluster.kube_key key/ && kubectl create secret generic {name}-key -n {namespace} "
-        "--from-file=key/ && rm -r key/",
+        f"--from-file=key/ && kubectl label secret {name}-key -n {namespace} {LABEL_RUN}={name} && rm -r key/",
     ]
     return "\n".join([*head, *(f"---\n{to_yaml(each)}".rstrip("\n") for each in manifests(plan)), ""])
 

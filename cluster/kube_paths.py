@@ -44,12 +44,12 @@ def path_of(manifest: Manifest, collection: bool = False) -> str:
 
 
 def workload_path(kind: KubeKind, namespace: str, name: str) -> str:
-    """The path of what stands for the whole job."""
+    """The path of what stands for the whole job: where there are two Jobs, that of the agents, whose policy ends it."""
     match kind:
         case "jobset":
             return path_to("jobset.x-k8s.io/v1alpha2", "JobSet", namespace, name)
         case "job":
-            return path_to("batch/v1", "Job", namespace, f"{name}-supervisor")
+            return path_to("batch/v1", "Job", namespace, f"{name}-agents")
         case "trainjob":
             return path_to("trainer.kubeflow.org/v1alpha1", "TrainJob", namespace, name)
 
@@ -60,7 +60,7 @@ def all_paths(kind: KubeKind, namespace: str, name: str) -> Sequence[str]:
     shared = f"everstep-{namespace}-{name}"
     more = {
         "jobset": (),
-        "job": (path_to("batch/v1", "Job", namespace, f"{name}-agents"), path_to("v1", "Service", namespace, name)),
+        "job": (path_to("batch/v1", "Job", namespace, f"{name}-supervisor"), path_to("v1", "Service", namespace, name)),
         "trainjob": (path_to("trainer.kubeflow.org/v1alpha1", "TrainingRuntime", namespace, name),),
     }
     return (

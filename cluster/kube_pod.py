@@ -4,7 +4,8 @@ The Job controller makes pods; the supervisor says, through a file in the run di
 (`cluster.kube_orders`). The entry runs it as a child, says how it stands, and ends the pod when it must end.
 
 Exit codes are read by the Job's failure policy (`cluster.kube_workloads`). It never ends with 0 before the run is over:
-Kubernetes would take the index for complete, and make no new pod for it.
+Kubernetes would take the index for complete, and make no new pod for it. One that nobody gives work, since there is no
+supervisor for very long, ends too, and holds its GPUs no more.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
-import psutil
 
 from cluster.kube_echo import Follower
 from cluster.kube_key import submission_of
 from cluster.kube_names import NODE_NAME, POD_NAME, POD_UID
 from cluster.kube_orders import PodOrder, PodState, checked_pod, read_ended, read_order, write_state
+from cluster.kube_orphans import reap_orphans
+from cluster.lease import Lease, read_lease
 from cluster.local import LocalScheduler
 from cluster.rundir import RunDir
 from configs.load import load_job
+from configs.schema import ClusterConfig
 from trainer.exits import ExitCode
 
 DOMAIN = "EVERSTEP_FAILURE_DOMAIN"
@@ -36,6 +39,7 @@ DOMAIN = "EVERSTEP_FAILURE_DOMAIN"
 _TICK_S = 0.1
 _ORDERS_S = 0.5
 _REAP_S = 5.0
+_WARN_EVERY_S = 60.0
 _ENDS_THE_POD = (ExitCode.REQUEUE, ExitCode.BAD_NODE)
 """An agent that was cut off, or whose node failed its examination: another pod shall take its place."""
 
@@ -81,6 +85,10 @@ class PodEntry:
         # Set by a signal's handler, which may interrupt anything: no lock is in it.
         self._told = False
         self._passed_on = False
+        self._lease: object = None
+        self._heard_s = time.monotonic()
+        self._lost_timeout_s: float | None = None
+        self._warned: dict[str, float] = {}
         self._orders_due_s = 0.0
         self._reap_due_s = 0.0
 
@@ -106,9 +114,12 @@ class PodEntry:
             self._orders_due_s = now_s + _ORDERS_S
             if (code := self._obey()) is not None:
                 return code
+            if self._forgotten(now_s):
+                logger.error("no supervisor and no work for %.0f s: the pod ends, to be made again", self._patience_s())
+                return ExitCode.FAILED
         if now_s >= self._reap_due_s:
             self._reap_due_s = now_s + _REAP_S
-            self._reap()
+            reap_orphans(self._state.pid)
         self._say()
         return None
 
@@ -142,11 +153,35 @@ class PodEntry:
                 return ended.exit_code
             order = read_order(self.run_dir.path, self.pod.name)
         except (OSError, ValueError) as error:
-            logger.warning("what to do cannot be read: %s", error)
+            self._warn(f"what to do cannot be read: {error}")
             return None
         if order is not None and order.serial > self._state.serial:
             self._carry_out(order)
         return None
+
+    def _forgotten(self, now_s: float) -> bool:
+        """Whether there is no agent here, and was nobody for very long who could want one: its own agent knows by
+        itself what to do without a supervisor."""
+        lease = read_lease(self.run_dir.lease)
+        if self._handle or (isinstance(lease, Lease) and lease != self._lease):
+            self._lease, self._heard_s = lease, now_s
+        return now_s - self._heard_s > self._patience_s()
+
+    def _patience_s(self) -> float:
+        """As the run says, once it has begun."""
+        if self._lost_timeout_s is None:
+            try:
+                self._lost_timeout_s = load_job(self.run_dir.config).cluster.supervisor_lost_timeout_s
+            except (OSError, ValueError):
+                return ClusterConfig().supervisor_lost_timeout_s
+        return self._lost_timeout_s
+
+    def _warn(self, text: str) -> None:
+        """Not ten times a second, while it goes on."""
+        now_s = time.monotonic()
+        if now_s - self._warned.get(text, -_WARN_EVERY_S) >= _WARN_EVERY_S:
+            self._warned = {text: now_s}
+            logger.warning("%s", text)
 
     def _carry_out(self, order: PodOrder) -> None:
         self._stop()
@@ -198,7 +233,7 @@ class PodEntry:
             write_state(self.run_dir.path, self.pod.name, msgspec.structs.replace(self._state, t_wall_s=time.time()))
             self._said = self._state
         except OSError as error:
-            logger.warning("how the pod stands cannot be written: %s", error)
+            self._warn(f"how the pod stands cannot be written: {error}")
 
     def _leave(self, code: int) -> int:
         logger.info("the pod ends with %d", code)
@@ -206,15 +241,6 @@ class PodEntry:
             self._local.close()
         self._change(leaving=True)
         return code
-
-    def _reap(self) -> None:
-        """Processes whose parents died are given to the first process of a pod, which this is."""
-        if os.getpid() != 1:
-            return
-        for child in psutil.Process().children():
-            with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
-                if child.pid != self._state.pid and child.status() == psutil.STATUS_ZOMBIE:
-                    os.waitpid(child.pid, os.WNOHANG)
 
 
 def this_pod(environ: Mapping[str, str]) -> Pod:

@@ -206,8 +206,9 @@ def _affinity(plan: KubePlan, role: Role) -> Manifest:
         return {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [away]}}
     required: list[Manifest] = [{**ours, "topologyKey": _HOST}]
     affinity: Manifest = {}
-    if plan.kind == "job" and plan.kubernetes.topology_key:
-        # What JobSet does by its annotation: all of us in one domain, and nobody else's agents in it.
+    if plan.kubernetes.topology_key:
+        # All of us in one domain, and nobody else's agents in it. JobSet has an annotation for that, but it keeps the
+        # supervisor's pod out of the domain too, and places no follower any more once the pod of index 0 has failed.
         domain = plan.kubernetes.topology_key
         others = {
             "matchLabels": {LABEL_ROLE: "agents"},

@@ -13,7 +13,7 @@ _DONE = ("Complete", "Completed")
 
 
 def job_status(workload: Manifest, pods: Sequence[Manifest]) -> JobStatus:
-    """Of a JobSet, a TrainJob, or the supervisor's Job; pods are all of the run's."""
+    """Of a JobSet, a TrainJob, or the agents' Job; pods are all of the run's."""
     true = {each["type"]: each for each in _conditions(workload) if each.get("status") == "True"}
     if workload["metadata"].get("deletionTimestamp"):
         return JobStatus("cancelled", "it is being deleted; its pods save and leave")

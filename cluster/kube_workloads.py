@@ -15,7 +15,6 @@ from cluster.kube_pods import Manifest, container_name, pod_template
 from trainer.exits import ExitCode
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-EXCLUSIVE_TOPOLOGY = "alpha.jobset.sigs.k8s.io/exclusive-topology"
 ANCESTOR_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"
 
 FOR_GOOD = (ExitCode.BAD_INPUT, ExitCode.DO_NOT_RESTART)
@@ -24,8 +23,9 @@ _TOLD_TO_GO = (ExitCode.REQUEUE, 128 + 15)
 _OWN_FAULT = (ExitCode.FAILED, ExitCode.BAD_NODE, 128 + 9)
 
 # Not without end: a pod that fails again and again by itself (an image that cannot run, say) must come to light.
-_RETRIES_OF_AN_INDEX = 100
-_RETRIES_OF_THE_SUPERVISOR = 50
+_RETRIES_OF_AN_INDEX = 30
+_RETRIES_OF_THE_SUPERVISOR = 20
+"""Each try is `cluster.kube_run`'s five, and drains of its nodes count here too: no policy may say that they do not."""
 
 
 def workloads(plan: KubePlan) -> Sequence[Manifest]:
@@ -39,14 +39,14 @@ def workloads(plan: KubePlan) -> Sequence[Manifest]:
             return (_runtime(plan), _train_job(plan))
 
 
-def failure_policy(plan: KubePlan, role: Role) -> Manifest:
-    """What our exit codes mean to the Job controller; the first rule that fits counts."""
+def failure_policy(plan: KubePlan) -> Manifest:
+    """What our exit codes mean to the Job controller of agents; the first rule that fits counts."""
 
     def on_codes(action: str, codes: Sequence[int]) -> Manifest:
         values = sorted(int(code) for code in codes)
         return {
             "action": action,
-            "onExitCodes": {"containerName": container_name(plan, role), "operator": "In", "values": values},
+            "onExitCodes": {"containerName": container_name(plan, "agents"), "operator": "In", "values": values},
         }
 
     return {
@@ -68,32 +68,27 @@ def _agents_job(plan: KubePlan) -> Manifest:
         # Each index has a back-off of its own: one bad node does not slow down the replacement of others.
         "backoffLimitPerIndex": _RETRIES_OF_AN_INDEX,
         "podReplacementPolicy": "Failed",
-        "podFailurePolicy": failure_policy(plan, "agents"),
+        "podFailurePolicy": failure_policy(plan),
         "template": pod_template(plan, "agents"),
     }
 
 
 def _supervisor_job(plan: KubePlan) -> Manifest:
-    job: Manifest = {
+    # A pod on a dead node stays Terminating until somebody takes the node out; training would have no supervisor for
+    # that long. Its successor waits for the run's lock, so two can never act. Kubernetes allows this only without a
+    # failure policy: that of the agents ends the workload, see `cluster.kube_run`.
+    return {
         "completionMode": "Indexed",
         "completions": 1,
         "parallelism": 1,
         "backoffLimit": _RETRIES_OF_THE_SUPERVISOR,
+        "podReplacementPolicy": "TerminatingOrFailed",
+        "template": pod_template(plan, "supervisor"),
     }
-    if plan.kind == "job":
-        job |= {"podReplacementPolicy": "Failed", "podFailurePolicy": failure_policy(plan, "supervisor")}
-    else:
-        # A pod on a dead node stays Terminating until somebody takes the node out; training would have no supervisor
-        # for that long. Its successor waits for the run's lock, so two can never act. Kubernetes allows this only
-        # without a failure policy: that of the agents ends the workload, see `cluster.kube_run`.
-        job["podReplacementPolicy"] = "TerminatingOrFailed"
-    return {**job, "template": pod_template(plan, "supervisor")}
 
 
 def _jobset_spec(plan: KubePlan) -> Manifest:
     agents: Manifest = {"metadata": {"labels": plan.labels("agents")}, "spec": _agents_job(plan)}
-    if plan.kubernetes.topology_key:
-        agents["metadata"]["annotations"] = {EXCLUSIVE_TOPOLOGY: plan.kubernetes.topology_key}
     if plan.kind == "trainjob":
         agents["metadata"]["labels"][ANCESTOR_LABEL] = "trainer"
     supervisor = {"metadata": {"labels": plan.labels("supervisor")}, "spec": _supervisor_job(plan)}
@@ -120,9 +115,12 @@ def _jobset(plan: KubePlan) -> Manifest:
 
 
 def _plain_job(plan: KubePlan, role: Role) -> Manifest:
-    spec = _agents_job(plan) if role == "agents" else _supervisor_job(plan)
     name = f"{plan.name}-{role}"
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": _queued(plan, name), "spec": spec}
+    # Kueue sees two Jobs, and could admit one without the other: only the one with the GPUs waits in its queue.
+    metadata, spec = (
+        (_queued(plan, name), _agents_job(plan)) if role == "agents" else (plan.metadata(name), _supervisor_job(plan))
+    )
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 
 def _runtime(plan: KubePlan) -> Manifest:

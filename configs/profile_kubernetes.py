@@ -54,8 +54,10 @@ class KubernetesProfile(Section, frozen=True, kw_only=True):
     run_dir: where pods keep runs, on one of mounts ("": the job's run.dir). working_dir: what relative paths of the
     job begin at ("": the image's). secret_env: Secrets of which every key becomes a variable of all pods.
 
-    run_as_user, fs_group: whose processes they are, and the group of their volumes. capabilities: added to none at all.
-    grace_s: how long a pod may take to save and leave. bad_node: what is done to a node that is evicted as bad.
+    run_as_user, fs_group: whose processes they are, and the group of their volumes. capabilities: added to none at all;
+    only root has what is added, so they need run_as_user = 0.
+    grace_s: how long a pod may take to save and leave. bad_node: what is done to a node that is evicted as bad;
+    with none, nothing keeps the Job from making the next pod there.
     """
 
     namespace: str = "default"
@@ -114,6 +116,10 @@ def check_kubernetes(profile: KubernetesProfile) -> Iterator[Problem]:
     yield from _check_names(profile)
     yield from _check_labels(profile)
     yield from _check_amounts(profile)
+    if profile.capabilities and profile.run_as_user != 0:
+        # Kubernetes takes it, but gives a process of any other user none of them: it has no ambient capabilities.
+        fix = "have an effect only with run_as_user = 0; set that too, or leave them out"
+        yield Problem("kubernetes.capabilities", ", ".join(profile.capabilities), fix)
     yield from _check_mounts(profile)
     for toleration in profile.tolerations:
         if read_toleration(toleration) is None:

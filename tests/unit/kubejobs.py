@@ -34,7 +34,6 @@ FULL = msgspec.structs.replace(
     working_dir="/srv",
     secret_env=("wandb",),
     image_pull_secrets=("registry",),
-    capabilities=("IPC_LOCK",),
     mounts=(RUNS, Mount(path="/data", host_path="/mnt/data", read_only=True)),
 )
 _WORDS = "--run.name demo --cluster.backend kubernetes --cluster.nodes 2 --cluster.ranks_per_node 1 --cluster.spares 1"
@@ -83,3 +82,14 @@ def action_of(policy: dict[str, Any], code: int, disrupted: bool = False) -> str
         elif disrupted and {"type": "DisruptionTarget", "status": "True"} in rule["onPodConditions"]:
             return str(rule["action"])
     return "Count"
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Whether a label selector takes an object with these labels."""
+    if not selector.get("matchLabels", {}).items() <= labels.items():
+        return False
+    found = []
+    for each in selector.get("matchExpressions", ()):
+        assert each["operator"] in ("In", "NotIn")
+        found.append((labels.get(each["key"]) in each["values"]) == (each["operator"] == "In"))
+    return all(found)

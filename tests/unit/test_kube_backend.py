@@ -17,12 +17,14 @@ import msgspec
 import pytest
 import yaml
 
+from cluster import kube_backend
 from cluster.cli import dispatch
 from cluster.kube_backend import KubeBackend
 from cluster.kube_calls import MERGE_PATCH, KubeError
 from cluster.kube_client import KubeClient
 from cluster.kube_marks import mark, unmark
 from cluster.kube_names import TAINT_BAD, TAINT_OUT_OF_SERVICE
+from cluster.kube_paths import workload_path
 from cluster.kube_views import job_status
 from configs.profile import ClusterProfile
 from tests.unit.kubejobs import FULL, SITE, request
@@ -33,13 +35,20 @@ NODES = "/api/v1/nodes"
 
 
 class Server:
-    """A `KubeApi` that keeps objects with versions. refuse: paths (their beginnings) that it forbids."""
+    """A `KubeApi` that keeps objects with versions.
+
+    refuse: paths (their beginnings) that it forbids. not_yet: how often a TrainJob's runtime is not seen yet.
+    lingering: by path, how often an object is there still when it is looked at after its deletion.
+    """
 
     def __init__(self) -> None:
         self.objects: dict[str, dict[str, Any]] = {}
         self.posted: list[dict[str, Any]] = []
         self.refuse: tuple[str, ...] = ()
         self.conflicts = 0
+        self.not_yet = 0
+        self.lingering: dict[str, int] = {}
+        self.deleted: list[tuple[str, str]] = []
         self._versions = itertools.count(1)
 
     def call(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> dict[str, Any]:
@@ -51,6 +60,9 @@ class Server:
             path = f"{path}/{body['metadata']['name']}"
             if path in self.objects:
                 raise KubeError(f"{path} already exists", 409)
+            if body["kind"] == "TrainJob" and self.not_yet:
+                self.not_yet -= 1
+                raise KubeError("admission webhook denied the request: TrainingRuntime must be created before", 403)
             self.posted.append(body)
             return self.put(path, body)
         if method == "GET" and path not in self.objects and path.endswith(("/pods", "/nodes")):
@@ -59,7 +71,15 @@ class Server:
             raise KubeError(f"{path} not found", 404)
         found = self.objects[path]
         if method == "DELETE":
+            self.deleted.append((path, body["propagationPolicy"]))
+            if path in self.lingering:
+                found["metadata"]["deletionTimestamp"] = "now"
+                return copy.deepcopy(found)
             return self.objects.pop(path)
+        if "deletionTimestamp" in found["metadata"]:
+            self.lingering[path] -= 1
+            if self.lingering[path] <= 0:
+                return self.objects.pop(path)
         if method in ("PUT", "PATCH"):
             version = body["metadata"].get("resourceVersion")
             if self.conflicts or version not in (None, found["metadata"]["resourceVersion"]):
@@ -197,6 +217,49 @@ def test_roles_that_may_not_be_seen_are_no_obstacle(server: Server) -> None:
     server.refuse = ("/apis/rbac.authorization.k8s.io",)
     backend(server).cancel("jobset/demo")
     assert server.objects == {}
+
+
+@pytest.mark.parametrize("kind", ["jobset", "job", "trainjob"])
+def test_a_submission_waits_for_what_the_last_one_left(
+    server: Server, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of it takes its time to go. Jobs stay until their pods are gone, nothing else needs to."""
+    monkeypatch.setattr(kube_backend, "_POLL_S", 0.01)
+    asked = request(msgspec.structs.replace(FULL, kind=kind))
+    job = backend(server).submit(asked)
+    count = len(server.objects)
+    workload = workload_path(kind, "default", "demo")  # type: ignore[arg-type]
+    condition(server, workload, type="Failed", status="True", message="over")
+    server.lingering = dict.fromkeys(server.objects, 3)
+    backend(server).submit(asked)
+    assert len(server.objects) == count
+    assert not [path for path, each in server.objects.items() if "deletionTimestamp" in each["metadata"]]
+    foreground = {path.split("/")[-2] for path, policy in server.deleted if policy == "Foreground"}
+    assert foreground == {"jobset": {"jobsets"}, "job": {"jobs"}, "trainjob": {"trainjobs"}}[kind]
+    # The same after a cancellation, while pods save.
+    server.lingering = dict.fromkeys(server.objects, 3)
+    backend(server).cancel(job)
+    backend(server).submit(asked)
+    assert len(server.objects) == count
+
+
+def test_a_trainjob_is_submitted_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The JobSet that Trainer made of the last one is no job of somebody else's; and Trainer may be slow to see the
+    runtime."""
+    monkeypatch.setattr(kube_backend, "_POLL_S", 0.01)
+    asked = request(msgspec.structs.replace(SITE, kind="trainjob"))
+    server.not_yet = 3
+    backend(server).submit(asked)
+    owner = {"kind": "TrainJob", "name": "demo", "controller": True}
+    server.put(JOBSET, {"metadata": {"name": "demo", "ownerReferences": [owner]}})
+    condition(server, workload_path("trainjob", "default", "demo"), type="Complete", status="True")
+    server.posted.clear()
+    backend(server).submit(asked)
+    assert "TrainJob" in [each["kind"] for each in server.posted]
+    server.not_yet = 99
+    condition(server, workload_path("trainjob", "default", "demo"), type="Complete", status="True")
+    with pytest.raises(KubeError, match="must be created before"):
+        backend(server).submit(asked)
 
 
 def pod(name: str, role: str, phase: str, **more: Any) -> dict[str, Any]:
@@ -389,9 +452,18 @@ def test_the_command_line_does_all_of_it(
     assert code == 2
     assert "kubectl exec -n default job/demo-supervisor-0 -- everstep logs demo --dir /runs" in said
     owner = ["--cluster", "kubernetes", "--profile", "site.toml"]
-    assert run("drain", "node1/node1", "--reason", "noisy fan", *owner)[0] == 0
+    code, said = run("drain", "node1", "--reason", "noisy fan", *owner)
+    assert code == 0
+    there = "job/demo-supervisor-0 -- everstep drain node1/node1 --reason 'noisy fan' --dir /runs"
+    assert said.splitlines()[-1].endswith(f"kubectl exec -n default {there}")
     assert "everstep: noisy fan" in run("nodes", *owner)[1]
-    assert run("readmit", "node1", "--reason", "repaired", *owner)[0] == 0
+    code, said = run("readmit", "node1", "--reason", "repaired", *owner)
+    assert (code, "everstep readmit node1/node1 --reason repaired --dir /runs" in said) == (0, True)
     assert server.objects[f"{NODES}/node1"]["spec"]["unschedulable"] is False
+    # A profile that leads elsewhere does not hide the job that is there.
+    Path("other.toml").write_text(Path("site.toml").read_text() + 'namespace = "other"\n')
+    code, said = run(*words[:5], "other.toml", *words[6:])
+    assert (code, "already submitted as kubernetes jobset/demo" in said) == (2, True), said
+    assert not [path for path in server.objects if "/other/" in path]
     assert run("cancel", "demo")[0] == 0
     assert set(server.objects) == {f"{NODES}/node1"}

@@ -22,13 +22,13 @@ from cluster.backend import JobRequest
 from cluster.kube_key import new_key_files, secret
 from cluster.kube_manifests import manifests, render
 from cluster.kube_names import KubeKind, object_name
+from cluster.kube_paths import path_of, workload_path
 from cluster.kube_plan import KEY_FOLDER, KubePlan
 from cluster.kube_rbac import namespace_rules, node_rules
-from cluster.kube_workloads import EXCLUSIVE_TOPOLOGY
 from configs.load import parse_job
 from configs.profile import load_profile
 from configs.profile_kubernetes import KubernetesProfile, Mount, check_kubernetes
-from tests.unit.kubejobs import FULL, RUNS, SITE, action_of, expanded, jobs_of, plan, request
+from tests.unit.kubejobs import FULL, RUNS, SITE, action_of, expanded, jobs_of, plan, request, selects
 from trainer.exits import ExitCode
 
 ROOT = Path(__file__).parents[2]
@@ -129,14 +129,19 @@ def test_every_exit_code_means_something(kind: str) -> None:
     assert name == pod(of_kind(kind), "agents")["containers"][0]["name"]
 
 
-def test_the_supervisors_successor_does_not_wait_for_a_dead_node() -> None:
-    """In a JobSet its pod is replaced while the old one ends; Kubernetes takes that only without a failure policy."""
-    job = jobs(of_kind("jobset"))["supervisor"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_supervisors_successor_does_not_wait_for_a_dead_node(kind: str) -> None:
+    """Its pod is replaced while the old one ends; Kubernetes takes that only without a failure policy."""
+    job = jobs(of_kind(kind))["supervisor"]
     assert job["podReplacementPolicy"] == "TerminatingOrFailed"
     assert "podFailurePolicy" not in job
-    # Plain Jobs have nobody else who could end them: there the policy must say what is for good.
-    plain = jobs(of_kind("job"))["supervisor"]
-    assert (plain["podReplacementPolicy"], action_of(plain["podFailurePolicy"], 93)) == ("Failed", "FailJob")
+
+
+def test_what_ends_first_stands_for_the_whole_job() -> None:
+    """The policy that knows what is for good is the agents': of two plain Jobs theirs says how the job stands."""
+    made = of_kind("job")
+    (path,) = [path_of(each) for each in manifests(made) if "podFailurePolicy" in each.get("spec", {})]
+    assert workload_path("job", made.namespace, made.name) == path
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,19 +161,29 @@ def test_a_job_is_what_was_asked_for(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_topology_is_the_agents_alone(kind: str) -> None:
-    """One domain for the agents; the supervisor does not take another one for itself."""
+    """One domain for the agents, with no agents of others in it. The supervisor may be anywhere: in that domain, if
+    the cluster has no other; JobSet's own annotation would not allow that."""
     made = of_kind(kind)
-    marked = [text for each in manifests(made) for text in texts(each) if text == EXCLUSIVE_TOPOLOGY]
-    together = pod(made, "agents")["affinity"].get("podAffinity")
-    assert (len(marked), bool(together)) == ((0, True) if kind == "job" else (1, False))
-    assert "podAffinity" not in pod(made, "supervisor")["affinity"]
+    agents, supervisor = (pod(made, role)["affinity"] for role in ("agents", "supervisor"))
+    required = "requiredDuringSchedulingIgnoredDuringExecution"
+    (together,) = agents["podAffinity"][required]
+    apart = [each for each in agents["podAntiAffinity"][required] if each["topologyKey"] == "example.com/rack"]
+    assert together["topologyKey"] == "example.com/rack"
+    ours = made.labels("agents")
+    assert selects(together["labelSelector"], ours)
+    assert [selects(each["labelSelector"], ours) for each in apart] == [False]
+    assert [selects(each["labelSelector"], {**ours, "everstep.dev/run": "other"}) for each in apart] == [True]
+    for each in (together, *agents["podAntiAffinity"][required]):
+        assert not selects(each["labelSelector"], made.labels("supervisor"))
+    assert required not in {**supervisor["podAntiAffinity"], **supervisor.get("podAffinity", {})}
+    assert not [text for each in manifests(made) for text in texts(each) if "exclusive-topology" in text]
 
 
 def test_kueue_gets_the_workload() -> None:
-    """Its label is on what it admits, and on no part of that."""
+    """Its label is on what it admits, once, and on no part of that: a second one might be admitted alone."""
     for kind in KINDS:
         queued = [each["kind"] for each in manifests(of_kind(kind)) if "kueue.x-k8s.io/queue-name" in str(each)]
-        assert queued == {"jobset": ["JobSet"], "job": ["Job", "Job"], "trainjob": ["TrainJob"]}[kind]
+        assert queued == {"jobset": ["JobSet"], "job": ["Job"], "trainjob": ["TrainJob"]}[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,6 +197,8 @@ def test_the_key_is_in_its_secret_and_nowhere_else(kind: str) -> None:
     for key in (held["server"]["secret"], held["client"]["secret"], *data.values()):
         assert key not in shown
     assert "kind: Secret" not in shown
+    # One that is made by hand is known for this run's by its label, or nobody would replace or delete it.
+    assert "kubectl label secret demo-key -n default everstep.dev/run=demo" in render(made)
     for role in ROLES:
         spec = pod(made, role)
         (volume,) = [each for each in spec["volumes"] if each["name"] == "key"]
@@ -200,15 +217,22 @@ def test_pods_may_do_little(kind: str) -> None:
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
         assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
-        assert ("add" in container["securityContext"]["capabilities"]) == (role == "agents")
+        assert "add" not in container["securityContext"]["capabilities"]
         assert spec["automountServiceAccountToken"] == (role == "supervisor")
     assert "serviceAccountName" not in pod(made, "agents")
 
 
 def test_root_is_asked_for_by_name() -> None:
-    """Then the key is closed to any group; else it is open to that of the pod alone."""
-    root = pod(plan(msgspec.structs.replace(SITE, run_as_user=0)), "agents")["securityContext"]
+    """Then the key is closed to any group; else it is open to that of the pod alone. Only root's agents have
+    capabilities, for nobody else would get them."""
+    site = msgspec.structs.replace(SITE, run_as_user=0, capabilities=("IPC_LOCK",))
+    root = pod(plan(site), "agents")["securityContext"]
     assert root == {"runAsNonRoot": False, "runAsUser": 0, "seccompProfile": {"type": "RuntimeDefault"}}
+    held = {role: pod(plan(site), role)["containers"][0]["securityContext"]["capabilities"] for role in ROLES}
+    assert held == {"agents": {"drop": ["ALL"], "add": ["IPC_LOCK"]}, "supervisor": {"drop": ["ALL"]}}
+    assert not list(check_kubernetes(site))
+    (problem,) = check_kubernetes(msgspec.structs.replace(site, run_as_user=1000))
+    assert problem.key == "kubernetes.capabilities"
     assert pod(plan(SITE), "agents")["securityContext"]["fsGroup"] == 1000
 
 

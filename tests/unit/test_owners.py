@@ -58,7 +58,7 @@ def until(supervisor: Supervisor, condition: Callable[[], bool]) -> None:
 
     def turned() -> bool:
         supervisor.owners.listen()
-        supervisor.arrivals.look(time.monotonic())
+        supervisor.returning.look(time.monotonic())
         return condition()
 
     turn_until(supervisor, turned)
@@ -155,7 +155,7 @@ def test_a_node_that_was_judged_does_not_come_back_by_itself(tmp_path: Path) -> 
 
     def done() -> bool:
         left[0] -= 1
-        supervisor.arrivals._look_at_s = 0.0
+        supervisor.returning._look_at_s = 0.0
         return left[0] < 0
 
     until(supervisor, done)

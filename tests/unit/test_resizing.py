@@ -17,7 +17,7 @@ from cluster import events
 from cluster.fleet import AgentView
 from cluster.history import Drained, Evicted, HistoryFile, NodeId, Readmitted
 from cluster.jobstate import JobState
-from cluster.messages import AgentReport, HeldInfo, NumberedFact, Rescue, Wish
+from cluster.messages import AgentReport, AgentStatus, HeldInfo, NumberedFact, Rescue, Wish
 from cluster.remembering import identify
 from cluster.rescuing import newest_whole, share_out
 from cluster.returning import Returning
@@ -204,7 +204,7 @@ class Fleet:
         self.history = HistoryFile(folder / "nodes.jsonl")
         self.state = JobState()
         for node in self.handles:
-            self.hear(at(events.NodeReady, node=node, host="h", pid=7))
+            self.hear(at(events.NodeReady, node=node, host="h", pid=7, life="first"))
         for incident, (node, cause) in enumerate((("node1", "node_lost"), ("node2", "gpu_fault")), 1):
             what: Mapping[str, Any] = {"node": node, "rank": -1, "cause": cause, "severity": "node", "step": 1,
                                        "fingerprint": "f", "evidence": []}  # fmt: skip
@@ -241,6 +241,13 @@ def person(kind: type, node: str, t_wall_s: float) -> Any:
     return kind(t_wall_s=t_wall_s, node=identify(node), reason="mended", who="a person")
 
 
+def says(node: str, life: str) -> AgentReport:
+    return AgentReport(
+        node=node, host="h", pid=7, seq=1, status=AgentStatus.READY, generation=0, finished_step=0, readiness=None,
+        beats=(), exits=(), facts=(), life=life,
+    )  # fmt: skip
+
+
 def test_a_node_that_a_person_readmits_is_started_again_once(tmp_path: Path) -> None:
     """Promise: only what a person said after the eviction counts, and the agent of before is nobody's any more."""
     fleet = Fleet(tmp_path)
@@ -254,9 +261,9 @@ def test_a_node_that_a_person_readmits_is_started_again_once(tmp_path: Path) -> 
     assert fleet.evicted == frozenset()
     assert fleet.handles["node1"] == "handle of node1"
     assert [type(event).__name__ for event in fleet.told[-4:]] == ["NodeReadmitted", "AgentStarted"] * 2
-    assert returning.is_former("node1", 7)
-    assert not returning.is_former("node1", 8)
-    assert not returning.is_former("node0", 7)
+    assert returning.is_former(says("node1", "first"))
+    assert not returning.is_former(says("node1", "second"))
+    assert not returning.is_former(says("node0", "first"))
     returning.close()
 
 
