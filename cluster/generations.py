@@ -12,6 +12,9 @@ from cluster.planning import assignment, make_plan
 from configs.schema import JobConfig
 from configs.shrinking import Layout, largest_layout
 
+_LEFT_OVER = 4
+"""So many heartbeats' time-outs may a node that has no ranks any more take to say what it holds."""
+
 
 class Generations:
     """The newest generation, from the wish for it to its end. `views` is the supervisor's own mapping.
@@ -109,12 +112,16 @@ class Generations:
     def waits_for_spares(self, now_s: float) -> bool:
         """Whether a node without ranks, which may keep the only copy of a shard, still looks through its memory.
 
-        What it said for an earlier generation is old. It is not waited for any longer than for a heartbeat.
+        What it said for an earlier generation is old, and one that held ranks until now must end its workers first. It
+        is not waited for any longer than a node that has ranks takes to get ready, and no longer than for a heartbeat
+        where no shard can be its own.
         """
         self._ready_since_s = min(self._ready_since_s, now_s)
-        said = [view.report.readiness for node, view in self.views.items() if node not in self._places]
-        looking = any(readiness is not None and readiness.ready_for < self.number for readiness in said)
-        return looking and now_s - self._ready_since_s <= self.config.health.heartbeat_timeout_s
+        said = [view.report for node, view in self.views.items() if node not in self._places]
+        left_over = any(each.readiness is None and 0 < each.generation < self.number for each in said)
+        looking = any(each.readiness is not None and each.readiness.ready_for < self.number for each in said)
+        waited_s, heartbeat_s = now_s - self._ready_since_s, self.config.health.heartbeat_timeout_s
+        return (left_over and waited_s <= _LEFT_OVER * heartbeat_s) or (looking and waited_s <= heartbeat_s)
 
     def make(self, state: JobState) -> Plan:
         """The plan for members that are all ready; what they have to fetch is in `gather`."""

@@ -118,7 +118,9 @@ class HandingOver:
     def _start_larger(self) -> None:
         """On the nodes that were chosen, as far as they are still there."""
         run = self._run
-        there = tuple(node for node in run.state.growing if node not in run.evicted)
+        views = run.generations.views
+        leaving = {node for node, view in views.items() if view.report.notice and node not in run.generations.members}
+        there = tuple(node for node in run.state.growing if node not in run.evicted and node not in leaving)
         layout = largest_layout(run.config, len(there))
         members = there[: layout.nodes] if layout is not None else run.generations.members
         run.next_generation(members, f"the job grows to {size_words(len(members), run.config)}")

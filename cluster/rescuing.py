@@ -109,6 +109,11 @@ class Rescuing:
         if state.newest_snapshot >= self._whole.step:
             self._orders = {}
             return False
+        if any(node not in views for node in self._orders):
+            found = newest_whole(views, state.refused)
+            if found is not None and (found.generation, found.step) == (self._whole.generation, self._whole.step):
+                self._whole, self._orders = found, share_out(found)
+                tell()
         problem = self._problem or self._obstacle(views, now_s)
         if problem:
             logger.warning("step %d could not be brought to the run directory: %s", self._whole.step, problem)

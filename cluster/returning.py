@@ -107,12 +107,14 @@ class Returning:
             if question is not None:
                 self._asked = self._pool.submit(self._find, question)
 
-    def close(self) -> None:
-        """Look no more; whoever was started meanwhile is among the handles."""
-        self._pool.shutdown(wait=True)
+    def close(self, patience_s: float) -> None:
+        """Look no more; whoever is started within patience_s is among the handles."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
         if self._asked is not None:
-            for back in self._asked.result().back:
-                self._run.handles[back.node] = back.handle
+            done, _ = concurrent.futures.wait([self._asked], patience_s)
+            for asked in done:
+                for back in () if asked.cancelled() else asked.result().back:
+                    self._run.handles[back.node] = back.handle
 
     def _question(self, now_s: float) -> Question | None:
         """None: nobody could be used. Cheap, however large the fleet is, as long as nobody is missing."""
@@ -127,7 +129,7 @@ class Returning:
             return None
         judged = {each.node for each in state.evictions if each.judged}
         return Question(
-            evicted={name: state.evicted_at.get(name, 0.0) for name in sorted(self._run.evicted)},
+            evicted={name: state.evicted_at.get(name, float("inf")) for name in sorted(self._run.evicted)},
             lost=frozenset(self._run.evicted - judged),
             used=frozenset(self._run.handles) - self._run.evicted,
             free=max(0, free),

@@ -319,7 +319,8 @@ class Supervisor:
             case Replace(node=node, spare=spare, reason=reason):
                 self._evict(node, reason)
                 self._report(root)
-                self.next_generation(tuple(spare if m == node else m for m in self.generations.members), reason)
+                # Not among those that a growth had chosen meanwhile: the policy decided on the order that is in force.
+                self.next_generation(self.state.order or _in_place_of(node, spare, self.generations.members), reason)
             case Shrink(node=node, order=order, reason=reason):
                 self._evict(node, reason)
                 self._report(root)
@@ -328,12 +329,18 @@ class Supervisor:
                 self._evict(node, reason)
                 self._report(root)
                 if node in self.generations.members:
-                    # Lost before it was given ranks: whoever else came up takes its place.
-                    self._choose_first_members()
+                    self._without(node)
             case Stop(exit_code=code, reason=reason):
                 self.exit_code, self.stop_reason = ExitCode(code), reason
             case Nothing() | Grow():
                 pass
+
+    def _without(self, node: str) -> None:
+        """A node was lost before it was given ranks: the job does not grow by it, or another takes its place."""
+        if self.state.order:
+            self.next_generation(self.state.order, f"{node} was lost before it was given ranks")
+        else:
+            self._choose_first_members()
 
     def _evict(self, node: str, reason: str) -> None:
         self.emit(events.NodeEvicted, node=node, reason=reason)
@@ -429,7 +436,7 @@ class Supervisor:
         assert self.exit_code is not None
         self.wish = Wish.SHUT_DOWN
         self.broadcast()
-        self.returning.close()
+        self.returning.close(0.0 if self.interrupts > 1 else 10.0)
         deadline = time.monotonic() + (0.0 if self.interrupts > 1 else 10.0)
         # An agent that never spoke hears no order either.
         spoke = [handle for node, handle in self.handles.items() if node in self.views]
@@ -461,3 +468,7 @@ class Supervisor:
             self.evicted = frozenset(self.state.evicted)
         self.watcher.on_event(event)
         return event
+
+
+def _in_place_of(node: str, spare: str, members: Sequence[str]) -> tuple[str, ...]:
+    return tuple(spare if member == node else member for member in members)

@@ -122,7 +122,7 @@ class NodeTiers:
     def obey(self, order: Order) -> None:
         """The supervisor spoke: copies go to these, and are taken of no history older than the plan's."""
         self.measurer.obey(order.measure)
-        self._rescue(order.rescue)
+        self._rescue(order.rescue, order.target_generation)
         self.replicator.send_to(order.copy_to)
         self.copies.keep_for(order.keep_for)
         if order.plan is not None:
@@ -134,13 +134,15 @@ class NodeTiers:
             if plan.ram_step >= 0:
                 self.copies.go_on_from(base, plan.generation)
 
-    def _rescue(self, wanted: Rescue | None) -> None:
+    def _rescue(self, wanted: Rescue | None, target_generation: int) -> None:
         """Have shards written that others will need; orders repeat themselves, and each counts once."""
         if wanted == self._rescued:
             return
         self._rescued = wanted
         if wanted is None:
             return
+        # There is no plan yet whose generation could open the fence: the order itself shows that this node is heard.
+        self.store.follow(target_generation - 1)
         for rank in wanted.ranks:
             located = self.find(ShardRef(wanted.generation, wanted.step, rank))
             if located is not None:

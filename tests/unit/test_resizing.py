@@ -264,7 +264,7 @@ def test_a_node_that_a_person_readmits_is_started_again_once(tmp_path: Path) -> 
     assert returning.is_former(says("node1", "first"))
     assert not returning.is_former(says("node1", "second"))
     assert not returning.is_former(says("node0", "first"))
-    returning.close()
+    returning.close(5.0)
 
 
 def test_a_node_that_its_owner_has_again_is_started_if_nothing_is_held_against_it(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_node_that_its_owner_has_again_is_started_if_nothing_is_held_against_i
     returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
     fleet.scheduler.there = ("node0", "node1", "node2", "node7", "node8")
     assert fleet.looked(returning) == ["node1", "node7"], "no more than nodes and spares"
-    returning.close()
+    returning.close(5.0)
 
 
 def test_a_node_that_the_history_leaves_out_or_that_does_not_start_is_not_used(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_a_node_that_the_history_leaves_out_or_that_does_not_start_is_not_used(t
     assert "node8" not in fleet.handles
     fleet.scheduler.broken = False
     assert fleet.looked(returning) == [], "it is not asked for again at once"
-    returning.close()
+    returning.close(5.0)
 
 
 def test_probation_ends_while_the_job_runs(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_probation_ends_while_the_job_runs(tmp_path: Path) -> None:
     returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
     fleet.looked(returning)
     assert fleet.state.doubtful == frozenset(), "cluster.burn_in_hours = 0"
-    returning.close()
+    returning.close(5.0)
 
 
 def test_who_was_started_while_the_run_ended_is_ended_too(tmp_path: Path) -> None:
@@ -314,5 +314,5 @@ def test_who_was_started_while_the_run_ended_is_ended_too(tmp_path: Path) -> Non
     returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
     fleet.scheduler.there = ("node7",)
     returning.look(time.monotonic())
-    returning.close()
+    returning.close(5.0)
     assert fleet.handles["node7"] == "handle of node7"
