@@ -137,11 +137,19 @@ class Job:
 
     def leftovers(self) -> list[str]:
         """Processes, shared memory and semaphores of this run that are still there (ports go with their processes)."""
-        found = [f"process {process.pid}: {' '.join(process.cmdline())}" for process in self.processes()]
+        found = [f"process {process.pid}: {_words(process)}" for process in self.processes()]
         run_dir = RunDir(self.run_dir.absolute())
         ram = run_dir.ram_root("/dev/shm")
         found += [f"semaphore {path}" for path in Path("/dev/shm").glob(f"sem.{run_dir.semaphore_prefix()}*")]
         return found + ([f"shared memory {ram}"] if ram.exists() else [])
+
+
+def _words(process: psutil.Process) -> str:
+    """Its command line; "" if it has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def _hash_tensors(shard: Path) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tests.kubernetes.store import Object, Refused, Store, now
@@ -192,17 +192,16 @@ def _collect_garbage(store: Store) -> None:
                 store.delete(resource, each["metadata"]["namespace"], each["metadata"]["name"], finalizer=finalizer)
             if mine and all(owner is None for owner in mine) and resource == PODS:
                 _let_go(store, each)
-    for resource, parts in ((JOBS, (PODS,)), (JOBSETS, (JOBS,))):
-        for owner in store.list(resource):
-            finalizers = _finalizers(owner)
-            if "foregroundDeletion" in finalizers and not _left(store, owner, parts):
-                left = [each for each in finalizers if each != "foregroundDeletion"]
-                place = (resource, owner["metadata"]["namespace"], owner["metadata"]["name"])
-                store.merge(*place, {"metadata": {"finalizers": left}})
+    for resource, owner in store.everything():
+        finalizers = _finalizers(owner)
+        if "foregroundDeletion" in finalizers and not _left(store, owner):
+            left = [each for each in finalizers if each != "foregroundDeletion"]
+            place = (resource, owner["metadata"].get("namespace", ""), owner["metadata"]["name"])
+            store.merge(*place, {"metadata": {"finalizers": left}})
 
 
-def _left(store: Store, owner: Object, parts: Iterable[str]) -> list[Object]:
-    return [each for resource in parts for each in store.list(resource) if owned_by(each, owner)]
+def _left(store: Store, owner: Object) -> list[Object]:
+    return [each for resource in (JOBS, PODS) for each in store.list(resource) if owned_by(each, owner)]
 
 
 # What objects say -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from tests.kubernetes.store import Object, Refused, Store
 NODES = "nodes"
 UNREACHABLE, NOT_READY = "node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready"
 OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
+CORDONED = "node.kubernetes.io/unschedulable"
 _HOST = "kubernetes.io/hostname"
 
 
@@ -41,14 +42,23 @@ class NodeControllers:
     def _life_cycle(self, now_s: float) -> None:
         for node in self.store.list(NODES):
             name = node["metadata"]["name"]
+            self._mark_cordoned(node)
             silent = now_s - self.heard_s.get(name, now_s) > self.grace_s
             if silent and ready(node) != "Unknown":
                 self._declare(node, "Unknown", "NodeStatusUnknown", "Kubelet stopped posting node status.", UNREACHABLE)
             elif not silent and ready(node) == "Unknown":
                 self._declare(node, "True", "KubeletReady", "kubelet is posting ready status", "")
 
+    def _mark_cordoned(self, node: Object) -> None:
+        """A node that is cordoned has a taint that says so, which goes with the cordon."""
+        others = [each for each in taints(node) if each["key"] != CORDONED]
+        wanted = [*others, {"key": CORDONED, "effect": "NoSchedule"}] if node["spec"].get("unschedulable") else others
+        if len(wanted) != len(taints(node)):
+            self.store.merge(NODES, "", node["metadata"]["name"], {"spec": {"taints": wanted}})
+
     def _declare(self, node: Object, status: str, reason: str, message: str, taint: str) -> None:
         name = node["metadata"]["name"]
+        node = self.store.get(NODES, "", name)
         left = [each for each in taints(node) if each["key"] not in (UNREACHABLE, NOT_READY)]
         added = [{"key": taint, "effect": effect} for effect in ("NoSchedule", "NoExecute")] if taint else []
         others = [each for each in node["status"].get("conditions", ()) if each["type"] != "Ready"]
@@ -120,12 +130,8 @@ def ready(node: Object) -> str:
 
 
 def taints(node: Object) -> list[Object]:
-    """All taints of a node; being cordoned is one."""
-    spec = node.get("spec", {})
-    cordoned = (
-        [{"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}] if spec.get("unschedulable") else []
-    )
-    return [each for each in spec.get("taints") or () if each not in cordoned] + cordoned
+    """All taints of a node."""
+    return list(node.get("spec", {}).get("taints") or ())
 
 
 def _tolerated_s(pod: Object, taint: Object) -> float:
@@ -145,7 +151,7 @@ def _tolerates(toleration: Mapping[str, Any], taint: Mapping[str, Any]) -> bool:
 
 
 def _fits(pod: Object, node: Object, pods: Iterable[Object]) -> bool:
-    if ready(node) != "True" or node["metadata"].get("deletionTimestamp"):
+    if ready(node) != "True" or node["metadata"].get("deletionTimestamp") or node["spec"].get("unschedulable"):
         return False
     labels = node["metadata"].get("labels", {})
     if not pod["spec"].get("nodeSelector", {}).items() <= labels.items():

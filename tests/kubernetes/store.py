@@ -79,6 +79,11 @@ class Store:
                 if kind == resource and (not namespace or place == namespace)
             ]
 
+    def everything(self) -> list[tuple[str, Object]]:
+        """All objects, with their resource."""
+        with self.changed:
+            return [(resource, copy.deepcopy(found)) for (resource, _, _), found in sorted(self._objects.items())]
+
     def since(self, revision: int, resource: str) -> Iterator[tuple[int, str, Object, Object | None]]:
         """What happened after a revision: (revision, ADDED/MODIFIED/DELETED, the object, and what it was before)."""
         with self.changed:

@@ -67,13 +67,14 @@ def test_spares_are_replaced_for_ever(make_job: MakeKubeJob, lab: Lab) -> None:
 def check_secrets(job: KubeJob) -> None:
     """What the profile names arrives as it was written; a key of the job is in no command line, no variable, and no
     object but its Secret."""
-    agents = [each for each in job.processes() if "cluster.agent_main" in each.cmdline()]
+    agents = [each for each in psutil.process_iter(["cmdline"]) if is_agent(each, job)]
     assert len(agents) == 3
     assert {agent.environ()["EVERSTEP_TEST"] for agent in agents} == {QUOTED}
     secret = job.lab.store.get("secrets", "default", f"{job.name}-key")["data"]["job.json"]
     keys = msgspec.json.decode(base64.b64decode(secret), type=JobKeys)
+    everybody = list(psutil.process_iter(["cmdline", "environ"]))
     hidden = (keys.server.secret, keys.client.secret, secret)
-    shown = [f"{' '.join(process.cmdline())} {process.environ()}" for process in job.processes()]
+    shown = [f"{process.info['cmdline']} {process.info['environ']}" for process in everybody]
     shown += [str(job.lab.store.list(each)) for each in (PODS, "jobs.batch", "jobsets.jobset.x-k8s.io", "configmaps")]
     assert not [text for text in shown if any(key in text for key in hidden)]
 
@@ -150,7 +151,7 @@ def test_a_supervisor_that_is_killed_is_back_at_once(make_job: MakeKubeJob, lab:
     """Promise: the death of the supervisor's process alone costs nothing: its pod starts another, which takes over."""
     job = make_job("killed", 1).submit()
     job.wait_for_step(3)
-    supervisors = [each for each in psutil.process_iter(["cmdline"]) if is_supervisor(each)]
+    supervisors = [each for each in psutil.process_iter(["cmdline"]) if is_supervisor(each, lab)]
     assert len(supervisors) == 1
     os.kill(supervisors[0].pid, signal.SIGKILL)
     job.wait_until(lambda: any(isinstance(each, SupervisorTookOver) for each in job.events()), "the take-over")
@@ -159,10 +160,15 @@ def test_a_supervisor_that_is_killed_is_back_at_once(make_job: MakeKubeJob, lab:
     assert job.causes() == []
 
 
-def is_supervisor(process: psutil.Process) -> bool:
-    """Whether this is `everstep run`."""
+def is_agent(process: psutil.Process, job: KubeJob) -> bool:
+    """Whether this is an agent of the job; its fork server has other words."""
+    return {"cluster.agent_main", str(job.run_dir)} <= {*(process.info["cmdline"] or ())}
+
+
+def is_supervisor(process: psutil.Process, lab: Lab) -> bool:
+    """Whether this is `everstep run`, in a pod of the lab."""
     words = process.info["cmdline"] or ()
-    return "cluster.cli" in words and "run" in words
+    return {"cluster.cli", "run"} <= {*words} and words[-1].startswith(str(lab.home))
 
 
 def spares(job: KubeJob) -> set[str]:

@@ -26,7 +26,7 @@ from health.verdict import Cause
 from tests.kubernetes import rbac
 from tests.kubernetes.apiserver import ApiServer, Request
 from tests.kubernetes.controller import PODS, condition, reconcile
-from tests.kubernetes.nodes import NODES, NodeControllers
+from tests.kubernetes.nodes import CORDONED, NODES, NodeControllers
 from tests.kubernetes.store import Object, Store
 from tests.unit.kubejobs import SITE, plan
 
@@ -110,8 +110,8 @@ class Cluster:
         return self.store.get(NODES, "", name)
 
     def taints(self, name: str) -> set[str]:
-        """Keys of a node's taints."""
-        return {each["key"] for each in self.node(name)["spec"].get("taints") or ()}
+        """Keys of a node's taints, but for that of a cordon."""
+        return {each["key"] for each in self.node(name)["spec"].get("taints") or ()} - {CORDONED}
 
     def ready(self, node: str, status: str) -> None:
         """What the life cycle of nodes would say."""
