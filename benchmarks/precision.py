@@ -109,7 +109,7 @@ def losses(config: JobConfig) -> list[float]:
             engine.seed_step(step)
             loss, _ = engine.global_loss(engine.forward_backward(torch.from_numpy(batch.tokens)))
             engine.clip_grad_norm(config.training.max_grad_norm)
-            engine.optimizer_step(learning_rate(config.optimizer, config.training.steps, step))
+            engine.optimizer_step(learning_rate(config.optimizer, config.training.steps, step), step)
             found.append(loss)
     finally:
         loop.data.close()

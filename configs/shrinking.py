@@ -19,6 +19,7 @@ from math import isqrt, prod
 import msgspec
 
 from configs.check_layout import check_layout
+from configs.check_precision import check_precision
 from configs.errors import Problem
 from configs.models import FAMILIES
 from configs.schema import JobConfig
@@ -168,7 +169,8 @@ def _candidates(config: JobConfig, kept: Sequence[str], fewest: int, nodes: int)
 
 
 def _is_legal(config: JobConfig, layout: Layout) -> bool:
-    return not check_layout(effective(config, layout), FAMILIES[config.model.family].get(config.model.flavor))
+    smaller, facts = effective(config, layout), FAMILIES[config.model.family].get(config.model.flavor)
+    return not check_layout(smaller, facts) and not (facts and check_precision(smaller, facts))
 
 
 def _microbatches(size: int, sequences: int) -> list[int]:

@@ -161,7 +161,7 @@ def curves(world: World, steps: int) -> dict[str, list[float]]:
             engine.seed_step(step)
             found[recipe].append(engine.global_loss(engine.forward_backward(batch(engine, 0)))[0])
             engine.clip_grad_norm(1.0)
-            engine.optimizer_step(1e-3)
+            engine.optimizer_step(1e-3, step + 1)
     return found
 
 
