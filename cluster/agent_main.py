@@ -26,6 +26,7 @@ from cluster.preflight import Examiner
 from cluster.rundir import RunDir, safe_name
 from cluster.wire import AgentLink
 from configs.load import load_job
+from configs.timeouts import derive
 from trainer.exits import ExitCode
 
 _MONITOR_INTERVAL_S = 0.02
@@ -97,7 +98,7 @@ def main() -> int:
         node.state.report,
         node.state.take_order,
         config.health.heartbeat_interval_s,
-        config.health.heartbeat_timeout_s,
+        derive(config).unheard_s,
     )
     node.state.wake = link.wake
     gpus = _gpu_watch(node)
@@ -170,8 +171,7 @@ def _watch(node: Node, link: AgentLink, stop: threading.Event) -> None:
 
 def _watch_lease(node: Node, link: AgentLink, stop: threading.Event, cut_off: threading.Event) -> None:
     """Leave when this node is cut off. In a thread of its own: nothing else that fails may keep it from that."""
-    cluster, health = node.config.cluster, node.config.health
-    lease = LeaseWatch(node.run_dir.lease, cluster.lease_timeout_s, health.heartbeat_timeout_s)
+    lease = LeaseWatch(node.run_dir.lease, node.config.cluster.lease_timeout_s, derive(node.config).unheard_s)
     while not stop.wait(_WATCH_INTERVAL_S):
         if lease.cut_off(link.silent_s, time.monotonic()):
             cut_off.set()

@@ -74,7 +74,9 @@ class Noticing:
         """These agents were at work for an earlier supervisor: they owe heartbeats at once."""
         self._unheard = set(nodes)
         self.expected_since = dict.fromkeys(nodes, now_s)
-        self._heard = dict.fromkeys(nodes, now_s)
+        # They look for their new supervisor only when they have not heard of the old one for a while.
+        looks_after_s = derive(self.config).unheard_s - self.config.health.heartbeat_timeout_s
+        self._heard = dict.fromkeys(nodes, now_s + looks_after_s)
 
     def follow(self, plan: Plan, now_s: float) -> None:
         """From now on, this generation's progress is watched."""
@@ -101,9 +103,17 @@ class Noticing:
         self._heard.pop(node, None)
         self._unheard.discard(node)
 
-    def hear_workers(self, report: AgentReport, now_s: float) -> None:
-        """What a member of the current generation says of its workers."""
-        self.progress.feed(now_s, report.node, report.beats)
+    def hear_workers(self, report: AgentReport, before: AgentReport | None, now_s: float) -> None:
+        """What a member of the current generation says of its workers; before: what it said last.
+
+        Steps take longer than heartbeats in a large fleet: most of it was said before, and to compare is quick.
+        """
+        if before is None or before.generation != report.generation:
+            self.progress.feed(now_s, report.node, report.beats)
+        else:
+            self.progress.feed(now_s, report.node, report.beats if report.beats != before.beats else ())
+            if report.times == before.times:
+                return
         for each in report.times:
             self.stragglers.feed(each.rank, each.steps)
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from cluster import events, suspicions
 from cluster.actions import Decision, Evict, Grow, Nothing, Replace, Restart, Shrink, Stop, action_event
+from cluster.answering import Answering
 from cluster.deciding import Deciding
 from cluster.ending import End, ended_after, too_few
 from cluster.fleet import AgentView, first_members
@@ -83,6 +84,7 @@ class Supervisor:
         self.rescuing = Rescuing(config.cluster.leave_timeout_s)
         self.returning = Returning(self, history_path(config, run_dir.path.parent))
         self.inbox = Inbox()
+        self.answering = Answering(config.health.heartbeat_interval_s)
         self.unacknowledged: dict[str, int] = {}
         self.journal_waits = False
         self.wish = Wish.RUN
@@ -164,12 +166,13 @@ class Supervisor:
         self._take_facts(report)
         if self.generations.runs(report):
             self._take_exits(report)
-            self.noticing.hear_workers(report, now_s)
+            self.noticing.hear_workers(report, known.report if known else None, now_s)
             if report.status is AgentStatus.FINISHED and (known is None or known.report.status != report.status):
                 self.emit(
                     events.NodeFinished, node=report.node, generation=report.generation, step=report.finished_step
                 )
-        self.send_order(report.node)
+        if self.wish is not Wish.RUN or self.answering.owed(report, self.generations.number, now_s):
+            self.send_order(report.node)
 
     def _take_facts(self, report: AgentReport) -> None:
         for fact in self.inbox.facts(report):
@@ -217,6 +220,7 @@ class Supervisor:
         # copies are known, and no order is better than one that leaves some out: agents go on with their last one.
         if self.noticing.waits_for_adopted and not gone and self.wish is Wish.RUN:
             return
+        self.answering.answered(node, time.monotonic())
         self.socket.send(
             node,
             Order(

@@ -12,6 +12,9 @@ from configs.schema import HealthConfig, JobConfig
 
 # A report may be this many intervals late before its sender counts as silent where standing still is judged.
 SILENT_INTERVALS = 3
+# A report that asks nothing is answered if the last answer is about so many intervals old: each costs the supervisor.
+ANSWERED_INTERVALS = 2
+_UNHEARD_INTERVALS = 4
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Timeouts:
     least after which evidence that speaks for patience no longer helps. evidence: an agent's time to collect it, and
     `answer`, until it is here. settle: lost peers name no culprit, a silent node may be one. rendezvous: until all
     nodes are ready, and then for the first step. store and collective: torch's own, which end a worker that the
-    supervisor has not ended. leave: to save and go. orphaned: agents without a supervisor.
+    supervisor has not ended. unheard: an agent looks for another supervisor. leave: to save and go. orphaned: agents
+    without a supervisor.
     """
 
     heartbeat_s: float
@@ -37,6 +41,7 @@ class Timeouts:
     rendezvous_s: float
     store_s: float
     collective_s: float
+    unheard_s: float
     leave_s: float
     orphaned_s: float
 
@@ -59,6 +64,8 @@ def derive(config: JobConfig) -> Timeouts:
         store_s=startup_s,
         # No step is longer than the first one may be, and no hang is looked at for longer than this.
         collective_s=max(health.hang_factor, 1.0) * startup_s + interval_s + answer_s + health.heartbeat_timeout_s,
+        # Answers come at most three intervals apart, even where one heartbeat is late.
+        unheard_s=max(health.heartbeat_timeout_s, (_UNHEARD_INTERVALS - 0.5) * interval_s),
         leave_s=cluster.leave_timeout_s,
         orphaned_s=cluster.supervisor_lost_timeout_s,
     )
@@ -87,6 +94,12 @@ def check_timeouts(config: JobConfig) -> list[Problem]:
          "health.heartbeat_timeout_s", lost_s, 1, "agents leave before they look for the new supervisor", 60 * lost_s),
         ("cluster.lease_timeout_s", cluster.lease_timeout_s, "more than", "health.heartbeat_timeout_s", lost_s, 1,
          "a node stops before it has looked for the supervisor elsewhere", 4 * lost_s),
+        ("cluster.lease_timeout_s", cluster.lease_timeout_s, f"more than {_UNHEARD_INTERVALS} intervals",
+         "health.heartbeat_interval_s", interval_s, _UNHEARD_INTERVALS,
+         "a node stops before it has looked for the supervisor elsewhere", 2 * _UNHEARD_INTERVALS * interval_s),
+        ("cluster.supervisor_lost_timeout_s", cluster.supervisor_lost_timeout_s,
+         f"more than {_UNHEARD_INTERVALS} intervals", "health.heartbeat_interval_s", interval_s, _UNHEARD_INTERVALS,
+         "agents leave before they look for the new supervisor", 60 * interval_s),
     ]  # fmt: skip
     problems = [
         Problem(key, value, f"must be {how} ({other} = {least:g}), or {else_}; set {fix:g}")

@@ -166,7 +166,9 @@ class Noise:
         """
         if self._scale is None:
             scales = [_bounded_rms(self._values)]
-            scales += [_rms(each.means) * math.sqrt(each.length) for each in self._blocks.values() if each.telling]
+            scales += [
+                _bounded_rms(each.means) * math.sqrt(each.length) for each in self._blocks.values() if each.telling
+            ]
             self._scale = max(scales) * (1.0 + _DOUBT / max(self.steps, 1))
         return self._scale
 

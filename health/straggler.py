@@ -12,13 +12,13 @@ import bisect
 import math
 import statistics
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from configs.schema import HealthConfig, JobConfig
-from health.changes import LEARNT_AFTER, Alarm, Bounds, Held, Newest, Noise, Past, ladder_for, percent
+from health.changes import LEARNT_AFTER, PAST, Alarm, Bounds, Held, Newest, Noise, Past, ladder_for, percent
 from health.slowness import Common, own_s
 from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import StepTimes
@@ -31,6 +31,7 @@ _COLUMNS = (*PARTS, "total")
 _WINDOW_STEPS = 16
 _USUAL_STEPS = 64
 _SETTLED = 4 * LEARNT_AFTER
+_FIRST_LOOK = SKIPPED_STEPS + _SETTLED
 _SAMPLED = 64
 _YIELD_AFTER = 512
 
@@ -50,7 +51,10 @@ class _Standing(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Rank:
-    """One rank: its past, its last steps, and whether it is slow."""
+    """One rank: its past, its last steps, and whether it is slow.
+
+    gap: how far its past was above its peers' when that was last told; less if it has come nearer.
+    """
 
     def __init__(self, node: str) -> None:
         self.node = node
@@ -61,6 +65,7 @@ class _Rank:
         self.held: Held[tuple[StepTimes, float | None]] = Held()
         self.alarm = Alarm()
         self.accused = False
+        self.gap = 0.0
 
     def learn(self, times: StepTimes, excess: float | None, suspected: bool) -> list[float]:
         """Make the step part of the past once it is known to be undisturbed; returns the excess of those that are."""
@@ -116,7 +121,7 @@ class Stragglers:
         self._judging: Generator[int, None, list[Verdict]] | None = None
         self._judged = -1
         self._begun = 0
-        self._compared = False
+        self._next_look = _FIRST_LOOK
 
     def feed(self, rank: int, steps: Sequence[StepTimes]) -> None:
         """Take in what one report says of a rank; what was said before may be repeated."""
@@ -162,7 +167,7 @@ class Stragglers:
 
     def floors(self) -> dict[int, Floor]:
         """What can be seen in each group by now; empty while too little is known."""
-        if self._begun < SKIPPED_STEPS + _SETTLED:
+        if self._begun < _FIRST_LOOK:
             return {}
         lowest = {group: self._ladder(group)[0] for group in self._groups}
         return {group: Floor(each.scale, math.expm1(each.change), each.steps) for group, each in lowest.items()}
@@ -201,7 +206,7 @@ class Stragglers:
                     yield _YIELD_AFTER
             self._noise[group].add({rank: noise[rank] for rank in members[:_SAMPLED] if noise.get(rank)}, ladder[0].cap)
         verdicts += self._common.judge(step, by_rank, self._nobody_stands_out)
-        return verdicts + self._compare_from_the_first(step) + self._persisting(step, may_replace)
+        return verdicts + self._compare_pasts(step) + self._persisting(step, may_replace)
 
     def _nobody_stands_out(self, since: int, change: float) -> bool:
         """Whether no rank was above its peers in these steps, by half of the change and more than noise explains.
@@ -257,27 +262,44 @@ class Stragglers:
                 verdicts.append(_escalated(verdict))
         return verdicts
 
-    def _compare_from_the_first(self, step: int) -> list[Verdict]:
-        """Ranks that were slower than their peers from the beginning, told once: unequal work, or an unequal device."""
-        if self._compared or self._begun < SKIPPED_STEPS + _SETTLED:
+    def _compare_pasts(self, step: int) -> list[Verdict]:
+        """Ranks whose usual step is longer than their peers': from the beginning on, or since the last look.
+
+        The first look tells of unequal work, or of an unequal device. Later ones, which are rare, find what became slow
+        while noise hid it, or too slowly for a sum to notice.
+        """
+        if self._begun < self._next_look:
             return []
-        self._compared = True
-        verdicts = []
-        for group, members in self._groups.items():
-            usual = {rank: self._ranks[rank].past.median for rank in members if self._ranks[rank].past.learnt}
-            doubt = 6.0 * self._noise[group].scale / math.sqrt(_SETTLED)
-            ordered = sorted(usual.values())
-            for rank in usual if len(usual) > 1 else ():
-                others = _median_without(ordered, usual[rank])
-                if usual[rank] - others > max(self._change / 2, doubt) and not self._ranks[rank].alarm.ringing:
-                    own, peers = math.exp(usual[rank]), math.exp(others)
-                    line = (
-                        f"rank {rank} on {self._ranks[rank].node} has worked {own:.4g} s a step from the first steps "
-                        f"on, its {len(usual) - 1} peers {peers:.4g} s: its work or its device is unlike theirs"
-                    )
-                    slowdown = (own - peers) / max(self._ranks[rank].usual_s("total"), 1e-9)
-                    verdicts.append(self._verdict(rank, step, (line,), slowdown))
-        return verdicts
+        first = self._next_look == _FIRST_LOOK
+        self._next_look = self._begun + PAST
+        return [
+            self._unlike(rank, step, others, "from the first steps on" if first else "of late")
+            for group, members in self._groups.items()
+            for rank, others in self._behind(group, members, _SETTLED if first else min(self._begun, PAST))
+        ]
+
+    def _behind(self, group: int, members: Sequence[int], seen: int) -> Iterator[tuple[int, float]]:
+        """Ranks whose past is further above their peers' than was told before, and where that is; seen: how many steps
+        the pasts are of."""
+        usual = {rank: self._ranks[rank].past.median for rank in members if self._ranks[rank].past.learnt}
+        doubt = 6.0 * self._noise[group].scale / math.sqrt(seen)
+        ordered = sorted(usual.values())
+        for rank in usual if len(usual) > 1 else ():
+            it, others = self._ranks[rank], _median_without(ordered, usual[rank])
+            gap = max(0.0, usual[rank] - others)
+            told = gap - it.gap > max(self._change / 2, doubt) and not it.alarm.ringing
+            it.gap = gap if told else min(it.gap, gap)
+            if told:
+                yield rank, others
+
+    def _unlike(self, rank: int, step: int, others: float, since: str) -> Verdict:
+        it, peers = self._ranks[rank], self._peers(rank)
+        own_s, others_s = math.exp(it.past.median), math.exp(others)
+        line = (
+            f"rank {rank} on {it.node} has worked {own_s:.4g} s a step {since}, "
+            f"its {len(peers)} peers {others_s:.4g} s: its work or its device is unlike theirs"
+        )
+        return self._verdict(rank, step, (line,), (own_s - others_s) / max(it.usual_s("total"), 1e-9))
 
     def _peers(self, rank: int) -> list[int]:
         for members in self._groups.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import msgspec
@@ -128,6 +129,15 @@ def test_an_imbalance_from_the_first_steps_is_told_once_and_evicts_nobody() -> N
     verdicts = live(detector(), QUIET.steps(1000, 0, Slow(1, (1,), "all", 1.15)), may_replace=True)
     assert [(each.cause, each.rank, each.severity) for each in verdicts] == [(Cause.STRAGGLER, 1, Severity.NOTICE)]
     assert "from the first steps on" in verdicts[0].evidence[0]
+
+
+def test_what_became_slow_while_noise_hid_it_is_told_in_the_end() -> None:
+    """Promise: a rank that slows in a stretch too noisy to tell is found by its past, in a few hundred steps."""
+    slow = Slow(30, (2,), "forward", 1.6)
+    loud, calm = RAW.quiet(0.6).steps(60, 3, slow), RAW.quiet(0.05).steps(700, 3, slow)
+    verdicts = live(detector(), itertools.chain(loud, itertools.islice(calm, 60, None)))
+    assert [(each.cause, each.rank) for each in verdicts] == [(Cause.STRAGGLER, 2)]
+    assert "of late" in verdicts[0].evidence[0]
 
 
 def test_a_rank_that_stays_slow_may_be_replaced_but_only_by_a_spare_and_once() -> None:
