@@ -304,7 +304,8 @@ class Supervisor:
             case Replace(node=node, spare=spare, reason=reason):
                 self._evict(node, reason)
                 self._report(root)
-                self.next_generation(tuple(spare if m == node else m for m in self.generations.members), reason)
+                # Not who would hold ranks if a growth had come to its plan: the decision was made without it.
+                self.next_generation(self.state.order, reason)
             case Shrink(node=node, order=order, reason=reason):
                 self._evict(node, reason)
                 self._report(root)
@@ -313,12 +314,19 @@ class Supervisor:
                 self._evict(node, reason)
                 self._report(root)
                 if node in self.generations.members:
-                    # Lost before it was given ranks: whoever else came up takes its place.
-                    self._choose_first_members()
+                    self._without(node)
             case Stop(exit_code=code, reason=reason):
                 self.exit_code, self.stop_reason = ExitCode(code), reason
             case Nothing() | Grow():
                 pass
+
+    def _without(self, node: str) -> None:
+        """A node is gone before the plan that would have given it ranks: whoever else came up takes its place, or, if
+        the job was to grow onto it, all go on as they were."""
+        if self.state.order:
+            self.next_generation(self.state.order, f"{node}, which was to get ranks, is gone")
+        else:
+            self._choose_first_members()
 
     def _evict(self, node: str, reason: str) -> None:
         self.emit(events.NodeEvicted, node=node, reason=reason)

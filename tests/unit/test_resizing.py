@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from cluster import events
+from cluster.actions import Decision, Evict, Replace
 from cluster.fleet import AgentView
 from cluster.history import Drained, Evicted, HistoryFile, NodeId, Readmitted
 from cluster.jobstate import JobState
@@ -24,7 +25,8 @@ from cluster.returning import Returning
 from cluster.state import apply
 from cluster.supervisor import Supervisor
 from configs.load import load_job
-from health.verdict import Certainty
+from health.verdict import Cause, Certainty
+from tests.unit.stories import verdict
 from tests.unit.test_takeover import Answer, Played, at, planned, take_over, turn_until
 from trainer.events import Fact, FactKind
 
@@ -157,6 +159,41 @@ def test_a_node_that_is_gone_by_then_is_not_grown_onto(tmp_path: Path) -> None:
     turn_with_end(supervisor, lambda: supervisor.state.generation == 3)
     assert supervisor.state.order == ("node0",)
     assert supervisor.exit_code is None
+
+
+BIG = (
+    *SMALL,
+    *(at(events.AgentStarted, node=node, handle=node) for node in ("node3", "node4")),
+    *(at(events.NodeReady, node=node, host="h", pid=2) for node in ("node3", "node4")),
+    at(
+        events.GenerationPlanned, generation=2, nodes=("node2", "node0"), ranks_per_node=2, store_host="127.0.0.1",
+        store_port=1, ram_step=-1, reason="r",
+    ),
+    at(events.ActionTaken, incident=0, action="grow", reason="r", order=("node2", "node0", "node3", "node4")),
+)  # fmt: skip
+
+
+def saved(folder: Path) -> Supervisor:
+    """All have saved, and the job is about to grow from two nodes to four; nobody is ready for the plan yet."""
+    supervisor = take_over(folder, lambda _: [], (), BIG)
+    supervisor.handing_over.over()
+    supervisor.generations.begin(supervisor.state.growing, "the job grows", 0.0)
+    return supervisor
+
+
+def test_a_node_lost_between_saving_and_the_larger_plan_is_replaced_once(tmp_path: Path) -> None:
+    """Promise: no plan names a node twice, whoever the spare is that the growth had in mind for other ranks."""
+    supervisor = saved(tmp_path)
+    decision = Decision(Replace("node0", "node3", "r"))
+    supervisor.carry_out(decision, verdict(Cause.NODE_LOST, "node0"), supervisor.state.next_incident)
+    assert supervisor.generations.members == ("node2", "node3")
+
+
+def test_a_new_node_lost_between_saving_and_the_larger_plan_leaves_all_as_they_were(tmp_path: Path) -> None:
+    supervisor = saved(tmp_path)
+    decision = Decision(Evict("node3", "r"))
+    supervisor.carry_out(decision, verdict(Cause.NODE_LOST, "node3"), supervisor.state.next_incident)
+    assert supervisor.generations.members == ("node2", "node0")
 
 
 def turn_with_end(supervisor: Supervisor, condition: Callable[[], bool]) -> None:
