@@ -18,7 +18,7 @@ from cluster.actions import Decision, Evict, Replace
 from cluster.fleet import AgentView
 from cluster.history import Drained, Evicted, HistoryFile, NodeId, Readmitted
 from cluster.jobstate import JobState
-from cluster.messages import AgentReport, HeldInfo, NumberedFact, Rescue, Wish
+from cluster.messages import AgentReport, AgentStatus, HeldInfo, NumberedFact, Rescue, Wish
 from cluster.remembering import identify
 from cluster.rescuing import newest_whole, share_out
 from cluster.returning import Returning
@@ -115,6 +115,35 @@ class Nothing:
     """No order yet."""
 
     rescue = None
+
+
+def running(played: Played, node: str) -> AgentReport:
+    """Its workers of generation 1 have not ended yet."""
+    return msgspec.structs.replace(played.finished(node), status=AgentStatus.RUNNING)
+
+
+def test_a_node_that_a_shrink_leaves_without_ranks_is_waited_for(tmp_path: Path) -> None:
+    """Promise: what it holds, of itself and of others, is part of the newest snapshot, and is not given up for want of
+    patience: the plan waits until it has looked through it, and then for the rescue."""
+    stopped: list[str] = []
+
+    def answer(played: Played) -> list[AgentReport]:
+        mine = holding(played.ready("node0", 2), shards(9, (0, 1)))
+        if not stopped:
+            return [mine, running(played, "node1")]
+        return [mine, holding(played.ready("node1", 2), shards(9, (2, 3)))]
+
+    shrunk = at(events.ActionTaken, incident=1, action="shrink", reason="r", node="node2", order=("node0",))
+    supervisor = take_over(tmp_path, answer, ("node2",), (shrunk, at(events.NodeEvicted, node="node2", reason="r")))
+    turn_for(supervisor, 2 * supervisor.config.health.heartbeat_timeout_s)
+    assert supervisor.generations.plan is None
+    stopped.append("node1")
+    turn_until(supervisor, lambda: order_of(supervisor, "node1").rescue is not None)
+
+
+def turn_for(supervisor: Supervisor, for_s: float) -> None:
+    until_s = time.monotonic() + for_s
+    turn_until(supervisor, lambda: time.monotonic() >= until_s)
 
 
 # Growing -----------------------------------------------------------------------------------------------------------
