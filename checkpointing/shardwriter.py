@@ -33,7 +33,8 @@ def write_shard(fd: int, control: Control, folder: Path, start_bytes: int = CONT
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / shard_file_name(control.generation, control.rank)
-    temporary = path.with_name(path.name + ".tmp")
+    # Where a snapshot is rescued, another node may be at the same shard.
+    temporary = path.with_name(f"{path.name}.{int.from_bytes(os.urandom(6))}.tmp")
     name = f"{folder.name}/{path.name}"
     replaced = False
     try:
@@ -44,8 +45,8 @@ def write_shard(fd: int, control: Control, folder: Path, start_bytes: int = CONT
         if _is_there(folder, control, meta):
             temporary.unlink()
             return meta
-        replaced = True
         temporary.replace(path)
+        replaced = True
         disk.sync_dir(folder)
         disk.write_atomic(folder / sidecar_name(control.generation, control.rank), encode_document(meta))
     except (OSError, SnapshotDamagedError):

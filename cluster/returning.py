@@ -126,7 +126,7 @@ class Returning:
             return None
         judged = {each.node for each in state.evictions if each.judged}
         return Question(
-            evicted={name: state.evicted_at.get(name, 0.0) for name in self._run.evicted},
+            evicted={name: state.evicted_at.get(name, 0.0) for name in sorted(self._run.evicted)},
             lost=frozenset(self._run.evicted - judged),
             used=frozenset(self._run.handles) - self._run.evicted,
             free=max(0, free),

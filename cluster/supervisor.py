@@ -301,7 +301,7 @@ class Supervisor:
         match decision.action:
             case Restart(reason=reason) | Rollback(reason=reason):
                 self.next_generation(self.generations.members, reason)
-            case Replace(node=node, spare=spare, reason=reason):
+            case Replace(node=node, reason=reason):
                 self._evict(node, reason)
                 self._report(root)
                 # Not who would hold ranks if a growth had come to its plan: the decision was made without it.

@@ -18,12 +18,14 @@ from cluster.actions import Decision, Evict, Replace
 from cluster.fleet import AgentView
 from cluster.history import Drained, Evicted, HistoryFile, NodeId, Readmitted
 from cluster.jobstate import JobState
-from cluster.messages import AgentReport, AgentStatus, HeldInfo, NumberedFact, Rescue, Wish
+from cluster.messages import AgentReport, AgentStatus, HeldInfo, NumberedFact, Order, Rescue, Wish
+from cluster.planning import make_plan
 from cluster.remembering import identify
-from cluster.rescuing import newest_whole, share_out
+from cluster.rescuing import Rescuing, newest_whole, share_out
 from cluster.returning import Returning
-from cluster.state import apply
+from cluster.state import apply, replay
 from cluster.supervisor import Supervisor
+from cluster.tiers import NodeTiers
 from configs.load import load_job
 from health.verdict import Cause, Certainty
 from tests.unit.stories import verdict
@@ -73,6 +75,10 @@ def test_the_newest_snapshot_of_any_layout_is_found_and_each_shard_written_once(
     assert (whole.generation, whole.step, whole.world_size) == (1, 9, 4)
     assert share_out(whole) == {"a": Rescue(1, 9, (0, 1)), "b": Rescue(1, 9, (2, 3))}
     assert newest_whole({"a": view(*shards(9, (0, 1, 2)))}) is None
+    copies = [msgspec.structs.replace(shard, tier="peer") for shard in shards(9)]
+    whole = newest_whole({"a": view(*copies), "b": view(*shards(9))})
+    assert whole is not None
+    assert share_out(whole) == {"b": Rescue(1, 9, (0, 1, 2, 3))}, "it may be writing them anyway"
 
 
 def test_a_job_that_shrinks_first_saves_what_only_memory_holds(tmp_path: Path) -> None:
@@ -81,7 +87,8 @@ def test_a_job_that_shrinks_first_saves_what_only_memory_holds(tmp_path: Path) -
     answer: Answer = lambda s: [holding(s.ready("node0", 2), shards(9), facts)]  # noqa: E731
     supervisor = take_over(tmp_path, answer, ("node1", "node2"), LOST)
     turn_until(supervisor, lambda: order_of(supervisor).rescue is not None)
-    assert order_of(supervisor).rescue == Rescue(1, 9, (0, 1, 2, 3))
+    wanted = order_of(supervisor).rescue
+    assert wanted == Rescue(1, 9, (0, 1, 2, 3), wanted.number)
     assert supervisor.generations.plan is None
     facts.append(said(FactKind.SNAPSHOT_COMMITTED, 9))
     turn_until(supervisor, planned(supervisor, "node0"))
@@ -105,6 +112,88 @@ def test_a_rescue_that_cannot_be_is_not_waited_for(how: str, tmp_path: Path) -> 
     facts += [said(FactKind.SNAPSHOT_FAILED, 9)] if how == "a disk that refuses" else []
     turn_until(supervisor, planned(supervisor, "node0"))
     assert order_of(supervisor).rescue is None
+
+
+def rescuing(views: dict[str, AgentView]) -> Rescuing:
+    """A job of two ranks, in generation 2, waits for what four ranks made."""
+    found = Rescuing(60.0)
+    assert found.waits(2, 2, views, JobState(), 0.0, nobody)
+    return found
+
+
+def nobody() -> None:
+    """Orders go to nobody."""
+
+
+def test_where_a_writer_goes_others_that_hold_its_shards_take_over(tmp_path: Path) -> None:
+    """Promise: a rescue is given up only when the snapshot is not whole any more."""
+    views = {"a": view(*shards(9)), "b": view(*shards(9))}
+    found = rescuing(views)
+    assert found.order_of("b") is not None
+    del views["b"]
+    assert found.waits(2, 2, views, JobState(), 1.0, nobody)
+    wanted = found.order_of("a")
+    assert wanted is not None
+    assert wanted.ranks == (0, 1, 2, 3)
+    del views["a"]
+    assert not found.waits(2, 2, views, JobState(), 2.0, nobody)
+
+
+def test_only_who_was_asked_can_fail_at_a_rescue(tmp_path: Path) -> None:
+    views = {"a": view(*shards(9, (0, 1))), "b": view(*shards(9, (2, 3)))}
+    found, failed = rescuing(views), said(FactKind.SNAPSHOT_FAILED, 9)
+    for node, rank in (("c", 0), ("a", 2), ("b", -1)):
+        found.hear(msgspec.structs.replace(failed, node=node, rank=rank))
+    assert found.waits(2, 2, views, JobState(), 1.0, nobody)
+    found.hear(msgspec.structs.replace(failed, node="a", rank=-1))
+    assert not found.waits(2, 2, views, JobState(), 1.0, nobody)
+
+
+def test_each_rescue_is_asked_for_anew(tmp_path: Path) -> None:
+    """Promise: agents, to whom equal orders count once, try again for the next supervisor."""
+    views = {"a": view(*shards(9))}
+    assert rescuing(views).order_of("a") != rescuing(views).order_of("a")
+
+
+def test_a_later_step_of_an_older_history_is_not_newer() -> None:
+    """Promise: after growing back, what was left on disks does not beat what the smaller job saved."""
+    facts = [msgspec.structs.replace(said(FactKind.SNAPSHOT_COMMITTED, 58), generation=2)]
+    state = replay([at(events.WorkersReported, fact=fact) for fact in facts])
+    views = {"node0": view(*shards(60))}
+    plan, _ = make_plan(3, ["node0"], 4, views, state)
+    assert (plan.ram_generation, plan.ram_step) == (-1, -1)
+    views = {"node0": view(*shards(59, generation=2))}
+    plan, _ = make_plan(3, ["node0"], 4, views, state)
+    assert (plan.ram_generation, plan.ram_step) == (2, 59)
+
+
+class Written:
+    """What tiers ask of the store for a rescue."""
+
+    def __init__(self) -> None:
+        self.followed, self.dropped, self.rescued = 0, 0, list[object]()
+
+    def follow(self, generation: int) -> None:
+        self.followed = generation
+
+    def drop_rescues(self) -> None:
+        self.dropped += 1
+
+    def rescue(self, shard: object) -> None:
+        self.rescued.append(shard)
+
+
+def test_a_rescue_is_carried_out_once_and_ends_with_the_wish_for_it() -> None:
+    """Promise: in a new attempt the fence keeps no rescue out, and one that was given up does not go on."""
+    tiers, store = NodeTiers.__new__(NodeTiers), Written()
+    tiers._rescued, tiers.store, tiers.find = None, store, lambda ref: ref  # type: ignore[assignment, method-assign, return-value]
+    wanted = Order(ack_seq=0, wish=Wish.RUN, target_generation=5, plan=None, rescue=Rescue(4, 9, (0, 1), 1))
+    for _ in range(2):
+        tiers._rescue(wanted)
+    assert (store.followed, len(store.rescued)) == (4, 2)
+    before = store.dropped
+    tiers._rescue(msgspec.structs.replace(wanted, rescue=None))
+    assert store.dropped == before + 1
 
 
 def order_of(supervisor: Supervisor, node: str = "node0") -> Any:
