@@ -26,7 +26,18 @@ from benchmarks.detection_faults import (
     Slowed,
     Struck,
 )
-from benchmarks.results import Result, Series, machine, now, series, settings, versions, write_result
+from benchmarks.results import (
+    RESULTS,
+    Result,
+    Series,
+    machine,
+    now,
+    read_result,
+    series,
+    settings,
+    versions,
+    write_result,
+)
 from cluster.events import ActionTaken, VerdictGiven
 from cluster.state import replay
 from health.verdict import Cause
@@ -70,26 +81,39 @@ class Trials:
 class Record:
     """What was found so far, written after every fault: a job that fails in the second hour takes nothing with it."""
 
-    def __init__(self, strikes: int, minutes: float, into: Path | None) -> None:
+    def __init__(self, strikes: int, minutes: float, folder: Path, before: Result | None) -> None:
+        """before: a record whose other series stay."""
         self.settings = settings({**MODEL, "strikes": strikes, "minutes undisturbed": minutes})
-        self.into = into
+        self.folder = folder
         self.machine, self.taken_at, self._began_s = machine(), now(), time.monotonic()
+        self._before = before
         self._found: list[Series] = []
 
     def add(self, found: Sequence[Series]) -> None:
         """Write all that there is."""
         self._found += found
-        result = self.result()
-        written = write_result(result, self.into) if self.into else write_result(result)
-        console.print(f"{len(self._found)} series written to {written}")
+        console.print(f"{len(self._found)} series written to {write_result(self.result(), self.folder)}")
 
     def result(self) -> Result:
         """The benchmark's record."""
+        kept: tuple[Series, ...] = ()
+        notes: tuple[str, ...] = NOTES
+        if self._before is not None:
+            what = {_subject(each) for each in self._found}
+            kept = tuple(each for each in self._before.series if _subject(each) not in what)
+            version, load = self._before.versions.revision, self._before.machine.load_average
+            told = f"of a run before, {self._before.taken_at}, revision {version}, load {load:g}: "
+            told += ", ".join(dict.fromkeys(map(_subject, kept)))
+            notes = (*NOTES, *(note for note in self._before.notes if note not in NOTES), told)
         return Result(
             benchmark="detection", taken_at=self.taken_at, seconds=round(time.monotonic() - self._began_s, 1),
-            machine=self.machine, versions=versions(), settings=self.settings, series=tuple(self._found), ratios=(),
-            notes=NOTES,
+            machine=self.machine, versions=versions(), settings=self.settings, series=(*kept, *self._found), ratios=(),
+            notes=notes,
         )  # fmt: skip
+
+
+def _subject(each: Series) -> str:
+    return each.name.partition(":")[0]
 
 
 def main() -> None:
@@ -99,11 +123,14 @@ def main() -> None:
     parser.add_argument("--undisturbed-minutes", type=float, default=60.0, help="a job with no fault at all")
     parser.add_argument("--faults", nargs="+", help="only those whose name has one of these words")
     parser.add_argument("--into", help="folder of the record, instead of benchmarks/results")
+    parser.add_argument("--add", action="store_true", help="what the record has of other faults stays in it")
     parser.add_argument("--no-wait", action="store_true", help="do not wait for a quiet machine")
     options = parser.parse_args()
     if not options.no_wait:
         wait_for_quiet()
-    record = Record(options.strikes, options.undisturbed_minutes, Path(options.into) if options.into else None)
+    folder = Path(options.into) if options.into else RESULTS
+    before = read_result(folder / "detection.json") if options.add else None
+    record = Record(options.strikes, options.undisturbed_minutes, folder, before)
     dice = random.Random(1)
     with workspace("detection") as place:
         corpus = small_corpus(place.disk / "corpus")

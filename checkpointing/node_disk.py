@@ -118,8 +118,8 @@ class NodeDisk:
         (folder / sidecar_name(ref.generation, ref.rank)).unlink(missing_ok=True)
         self._path(ref).unlink(missing_ok=True)
         self._verified.pop(self._path(ref), None)
-        for unfinished in folder.glob(f"{self._path(ref).name}.*tmp"):
-            unfinished.unlink(missing_ok=True)
+        for left in folder.glob(f"{self._path(ref).name}*.tmp"):
+            left.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # other ranks' shards are in it
             folder.rmdir()
 

@@ -33,7 +33,7 @@ def write_shard(fd: int, control: Control, folder: Path, start_bytes: int = CONT
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / shard_file_name(control.generation, control.rank)
-    # Of its own name: two nodes that hold the same shard may both have been asked to write it.
+    # Where a snapshot is rescued, another node may be at the same shard.
     temporary = path.with_name(f"{path.name}.{int.from_bytes(os.urandom(6))}.tmp")
     name = f"{folder.name}/{path.name}"
     replaced = False

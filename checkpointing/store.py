@@ -54,6 +54,7 @@ class _Awaited(msgspec.Struct, frozen=True):
     generation: int
     step: int
     world_size: int
+    rescue: int = 0
 
 
 class NodeStore:
@@ -72,7 +73,8 @@ class NodeStore:
         self.node_disk = NodeDisk(node_dir) if node_dir else None
         self.readback = Readback(run_dir, Keep(keep_last, keep_every_steps, keep_best), self._write_again)
         self._awaited: list[_Awaited] = []
-        self._rescued: queue.SimpleQueue[Located] = queue.SimpleQueue()
+        self._rescued: queue.SimpleQueue[tuple[int, Located]] = queue.SimpleQueue()
+        self._rescue = 1
         self._generation = 0
         self._fenced = False
 
@@ -112,7 +114,11 @@ class NodeStore:
 
         It may lie in a slot, among copies for peers, or on the node's disk, and is verified on the way.
         """
-        self._rescued.put(shard)
+        self._rescued.put((self._rescue, shard))
+
+    def drop_rescues(self) -> None:
+        """What was to be rescued is not wanted any more: what is not written yet is not, nor committed."""
+        self._rescue += 1
 
     def pending(self) -> bool:
         """Whether a slot waits to be persisted, a manifest for other ranks' shards, or a shard to be read back."""
@@ -131,6 +137,7 @@ class NodeStore:
     def commit_pending(self) -> list[StoreEvent]:
         """Write the manifest of every snapshot of which this node persisted rank 0 and all shards have arrived."""
         events = []
+        self._awaited = [a for a in self._awaited if a.rescue in (0, self._rescue)]
         for awaited in sorted(self._awaited, key=lambda a: (a.generation, a.step)):
             started = time.monotonic()
             try:
@@ -168,7 +175,9 @@ class NodeStore:
     def _persist_rescued(self) -> list[StoreEvent]:
         waiting = []
         while not self._rescued.empty():
-            waiting.append(self._rescued.get())
+            rescue, shard = self._rescued.get()
+            if rescue == self._rescue:
+                waiting.append(shard)
         if not waiting or self._fenced:
             return []
         with ThreadPoolExecutor(min(len(waiting), _PERSIST_THREADS), thread_name_prefix="rescue") as pool:
@@ -179,7 +188,7 @@ class NodeStore:
         kind, detail = StoreEventKind.PERSISTED, f"step {control.step}: shard of rank {control.rank} persisted"
         try:
             with opened(shard.path) as fd:
-                self._to_run(fd, control, shard.start_bytes)
+                self._to_run(fd, control, shard.start_bytes, self._rescue)
         except (OSError, SnapshotDamagedError) as error:
             kind, detail = StoreEventKind.FAILED, f"shard of rank {control.rank} not persisted: {words(error)}"
         return _shard_event(kind, control, Tier.RUN, started, detail)
@@ -219,7 +228,7 @@ class NodeStore:
         assert self.node_disk is not None
         self.node_disk.write(fd, control)
 
-    def _to_run(self, fd: int, control: Control, start_bytes: int = CONTROL_BYTES) -> None:
+    def _to_run(self, fd: int, control: Control, start_bytes: int = CONTROL_BYTES, rescue: int = 0) -> None:
         try:
             remove_uncommitted_shards(self.run_dir, control.rank, control.age, keep=1)
             meta = write_shard(fd, control, disk.step_dir(self.run_dir, control.step), start_bytes)
@@ -229,7 +238,8 @@ class NodeStore:
             raise
         self.readback.expect_shard(meta)
         if control.rank == 0:
-            self._awaited = [*self._awaited[-1:], _Awaited(control.generation, control.step, control.world_size)]
+            awaited = _Awaited(control.generation, control.step, control.world_size, rescue)
+            self._awaited = [*self._awaited[-1:], awaited]
 
     def _write_again(self, meta: ShardMeta) -> bool:
         """Replace a shard that the disk did not keep, if memory still has it."""

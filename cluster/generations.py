@@ -12,9 +12,6 @@ from cluster.planning import assignment, make_plan
 from configs.schema import JobConfig
 from configs.shrinking import Layout, largest_layout
 
-_LEFT_OVER = 4
-"""So many heartbeats' time-outs may a node that has no ranks any more take to say what it holds."""
-
 
 class Generations:
     """The newest generation, from the wish for it to its end. `views` is the supervisor's own mapping.
@@ -39,6 +36,7 @@ class Generations:
         self._places: dict[str, int] = {}
         self._ready: set[str] = set()
         self._ready_since_s = float("inf")
+        self._nodes_before = 0
         self._assigned: dict[str, Assignment] = {}
         self._unassigned: Assignment | None = None
         self._gathers: dict[str, list[Gather]] = {}
@@ -58,10 +56,12 @@ class Generations:
         self._set_members(members)
         self.number = plan.generation
         self.gather = tuple(gather)
+        self._nodes_before = len(plan.nodes)
 
     def follow(self, plan: Plan) -> None:
         """This is the plan now."""
         self.plan = plan
+        self._nodes_before = len(plan.nodes)
         self._assigned = {node: assignment(plan, place) for place, node in enumerate(plan.nodes)}
         self._unassigned = assignment(plan, -1)
         self._gathers = {}
@@ -112,16 +112,18 @@ class Generations:
     def waits_for_spares(self, now_s: float) -> bool:
         """Whether a node without ranks, which may keep the only copy of a shard, still looks through its memory.
 
-        What it said for an earlier generation is old, and one that held ranks until now must end its workers first. It
-        is not waited for any longer than a node that has ranks takes to get ready, and no longer than for a heartbeat
-        where no shard can be its own.
+        What it said for an earlier generation is old; one that had ranks in it says nothing before its workers have
+        ended. It is not waited for any longer than for a heartbeat, unless the size changes: then what it holds may be
+        the newest snapshot's, and looking through all that a node with ranks keeps takes longer.
         """
         self._ready_since_s = min(self._ready_since_s, now_s)
-        said = [view.report for node, view in self.views.items() if node not in self._places]
-        left_over = any(each.readiness is None and 0 < each.generation < self.number for each in said)
-        looking = any(each.readiness is not None and each.readiness.ready_for < self.number for each in said)
-        waited_s, heartbeat_s = now_s - self._ready_since_s, self.config.health.heartbeat_timeout_s
-        return (left_over and waited_s <= _LEFT_OVER * heartbeat_s) or (looking and waited_s <= heartbeat_s)
+        without = [view.report for node, view in self.views.items() if node not in self._places]
+        if not any(_looks(report, self.number) for report in without):
+            return False
+        bound_s = self.config.health.heartbeat_timeout_s
+        if self._nodes_before not in (0, len(self.members)):
+            bound_s = max(bound_s, self.config.cluster.leave_timeout_s)
+        return now_s - self._ready_since_s <= bound_s
 
     def make(self, state: JobState) -> Plan:
         """The plan for members that are all ready; what they have to fetch is in `gather`."""
@@ -163,3 +165,10 @@ class Generations:
         self.members = tuple(members)
         self._places = {node: place for place, node in enumerate(self.members)}
         self._ready = set()
+
+
+def _looks(report: AgentReport, number: int) -> bool:
+    """Whether a node without ranks in generation `number` has yet to say what it holds now."""
+    if report.readiness is not None:
+        return report.readiness.ready_for < number
+    return 0 < report.generation < number

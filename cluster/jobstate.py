@@ -97,7 +97,8 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     """The run as the journal tells it. Its mappings are never changed in place.
 
     order: the nodes by rank, node i holding ranks i*ranks_per_node and up; a chosen spare is in it as soon as the
-    policy replaced a node. newest_step and snapshots (ascending): as far as the journal knows; metrics.jsonl may know
+    policy replaced a node. newest_step and committed
+    (generation and step, oldest first; of a step, the newest): as far as the journal knows; metrics.jsonl may know
     more steps. rejected: snapshots (generation, step) that a loss has shown to be wrong. rollback_wanted: what workers
     wait for. rollbacks: steps at which the troubles began that the run went back from, since a person last had a turn.
     abandoned, left_out: what it gave up and leaves out by that, for ever, see `trainer.history`. recipe: the precision
@@ -136,7 +137,7 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float | None = None
     pace_from: tuple[int, float] | None = None
     finished: frozenset[str] = frozenset()
-    snapshots: tuple[int, ...] = ()
+    committed: tuple[tuple[int, int], ...] = ()
     newest_step: int = 0
     wanted_nodes: int = 0
     layout: Layout | None = None
@@ -153,9 +154,19 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
         return Refused(self.rejected, self.abandoned)
 
     @property
+    def snapshots(self) -> tuple[int, ...]:
+        """The steps of the committed snapshots, the oldest first."""
+        return tuple(step for _, step in self.committed)
+
+    @property
+    def newest_age(self) -> tuple[int, int]:
+        """The newest committed snapshot's generation and step, (-1, -1) if there is none."""
+        return self.committed[-1] if self.committed else (-1, -1)
+
+    @property
     def newest_snapshot(self) -> int:
         """The newest committed snapshot's step, -1 if there is none."""
-        return self.snapshots[-1] if self.snapshots else -1
+        return self.newest_age[1]
 
     @property
     def open_incidents(self) -> tuple[Incident, ...]:

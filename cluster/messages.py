@@ -231,11 +231,15 @@ class Sources(msgspec.Struct, frozen=True):
 
 
 class Rescue(msgspec.Struct, frozen=True, gc=False):
-    """A snapshot that only nodes hold is wanted in the run directory: this node writes the shards of these ranks."""
+    """A snapshot that only nodes hold is wanted in the run directory: this node writes the shards of these ranks.
+
+    number: drawn at random each time it is wanted, so that who failed once tries again when asked again.
+    """
 
     generation: int
     step: int
     ranks: tuple[int, ...]
+    number: int = 0
 
 
 class Wish(enum.StrEnum):

@@ -23,12 +23,13 @@ def make_plan(
 
     layout: the mesh over the members, None for the configuration's own.
 
-    A snapshot that lies in the nodes' memory or on their disks is taken unless the run directory has a newer one.
+    A snapshot that lies in the nodes' memory or on their disks is taken unless the run directory has a newer one: a
+    later step of an earlier generation is not newer, the job has gone on from before it.
     """
     first = views[members[0]].report.readiness
     assert first is not None
     snapshot = common_snapshot(len(members) * ranks_per_node, views, state.refused)
-    if snapshot[1] < max(state.newest_snapshot, 0):
+    if snapshot < state.newest_age:
         snapshot = (-1, -1)
     plan = Plan(
         generation=generation,

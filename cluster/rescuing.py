@@ -8,8 +8,9 @@ generation is planned. It is then a snapshot like any other, of the layout and g
 from __future__ import annotations
 
 import logging
+import secrets
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import msgspec
 
@@ -22,11 +23,17 @@ logger = logging.getLogger("everstep.supervisor")
 
 
 class Whole(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of which nodes hold every shard: by rank, who has it."""
+    """A snapshot of which nodes hold every shard. holders: by rank, who has it; whoever made a shard, and has it in its
+    memory still, stands for all others, since it may be writing it anyway."""
 
     generation: int
     step: int
     holders: tuple[tuple[str, ...], ...]
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Generation and step: what is greater is newer."""
+        return self.generation, self.step
 
     @property
     def world_size(self) -> int:
@@ -36,29 +43,34 @@ class Whole(msgspec.Struct, frozen=True, kw_only=True):
 
 def newest_whole(views: Mapping[str, AgentView], rejected: Container[tuple[int, int]] = ()) -> Whole | None:
     """The newest snapshot that nodes together hold, of whatever layout; None if there is none."""
-    held: dict[tuple[int, int, int], dict[int, list[str]]] = {}
+    held: dict[tuple[int, int, int], dict[int, list[tuple[str, str]]]] = {}
     for node, view in views.items():
         for shard in holdings(view):
             if 0 <= shard.rank < shard.world_size:
                 age = (shard.generation, shard.step, shard.world_size)
-                held.setdefault(age, {}).setdefault(shard.rank, []).append(node)
+                held.setdefault(age, {}).setdefault(shard.rank, []).append((node, shard.tier))
     whole = [age for age, ranks in held.items() if len(ranks) == age[2] and age[:2] not in rejected]
     if not whole:
         return None
     newest = max(whole)
-    holders = tuple(tuple(sorted(set(held[newest][rank]))) for rank in range(newest[2]))
+    holders = tuple(_writers(held[newest][rank]) for rank in range(newest[2]))
     return Whole(generation=newest[0], step=newest[1], holders=holders)
 
 
-def share_out(whole: Whole) -> dict[str, Rescue]:
-    """Who writes which shards: each one once, nobody many more than others."""
+def _writers(holders: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    makers = {node for node, tier in holders if tier == "ram"}
+    return tuple(sorted(makers or {node for node, _ in holders}))
+
+
+def share_out(whole: Whole, number: int = 0) -> dict[str, Rescue]:
+    """Who writes which shards: each one once, nobody many more than others. number: see `Rescue`."""
     load: Counter[str] = Counter()
     ranks: dict[str, list[int]] = {}
     for rank, nodes in sorted(enumerate(whole.holders), key=lambda each: (len(each[1]), each[0])):
         writer = min(nodes, key=lambda node: (load[node], node))
         load[writer] += 1
         ranks.setdefault(writer, []).append(rank)
-    return {node: Rescue(whole.generation, whole.step, tuple(sorted(mine))) for node, mine in ranks.items()}
+    return {node: Rescue(whole.generation, whole.step, tuple(sorted(mine)), number) for node, mine in ranks.items()}
 
 
 class Rescuing:
@@ -77,9 +89,12 @@ class Rescuing:
         return self._orders.get(node)
 
     def hear(self, fact: Fact) -> None:
-        """A node could not write something."""
-        about = self._whole is not None and (fact.generation, fact.step) == (self._whole.generation, self._whole.step)
-        if fact.kind is FactKind.SNAPSHOT_FAILED and about:
+        """A node could not write something; what it was not asked for is another matter."""
+        order = self._orders.get(fact.node)
+        if order is None or (fact.generation, fact.step) != (order.generation, order.step):
+            return
+        # Whoever writes rank 0's shard also commits, and says so of no rank.
+        if fact.kind is FactKind.SNAPSHOT_FAILED and max(fact.rank, 0) in order.ranks:
             self._problem = self._problem or fact.detail
 
     def waits(
@@ -96,32 +111,32 @@ class Rescuing:
         All members, and the spares that keep copies, must have said what they hold. tell: sends everybody its order.
         """
         if number != self._number:
-            self._number, self._whole, self._orders, self._problem = number, None, {}, ""
-            found = newest_whole(views, state.refused)
-            if found is None or found.world_size == world_size or found.step <= max(state.newest_snapshot, 0):
-                return False
-            self._whole, self._orders, self._until_s = found, share_out(found), now_s + self.timeout_s
-            logger.info("step %d, which only nodes hold, is written to the run directory", found.step)
-            tell()
-            return True
+            self._number, self._until_s, self._problem = number, now_s + self.timeout_s, ""
+            return self._begin(world_size, views, state, tell)
         if not self._orders or self._whole is None:
             return False
-        if state.newest_snapshot >= self._whole.step:
+        if state.newest_age >= self._whole.age:
             self._orders = {}
             return False
-        if any(node not in views for node in self._orders):
-            found = newest_whole(views, state.refused)
-            if found is not None and (found.generation, found.step) == (self._whole.generation, self._whole.step):
-                self._whole, self._orders = found, share_out(found)
-                tell()
-        problem = self._problem or self._obstacle(views, now_s)
-        if problem:
-            logger.warning("step %d could not be brought to the run directory: %s", self._whole.step, problem)
-            self._orders = {}
-        return not problem
-
-    def _obstacle(self, views: Mapping[str, AgentView], now_s: float) -> str:
         gone = [node for node in self._orders if node not in views]
         if gone:
-            return f"{gone[0]} is gone"
-        return f"it took more than cluster.leave_timeout_s = {self.timeout_s:g}" if now_s > self._until_s else ""
+            logger.warning("%s is gone, which was to write shards of step %d", gone[0], self._whole.step)
+            return self._begin(world_size, views, state, tell)
+        if not self._problem and now_s > self._until_s:
+            self._problem = f"it took more than cluster.leave_timeout_s = {self.timeout_s:g}"
+        if self._problem:
+            logger.warning("step %d could not be brought to the run directory: %s", self._whole.step, self._problem)
+            self._orders = {}
+        return not self._problem
+
+    def _begin(
+        self, world_size: int, views: Mapping[str, AgentView], state: JobState, tell: Callable[[], None]
+    ) -> bool:
+        """Ask for what nodes hold now, if anything of it is worth it."""
+        self._whole, self._orders, found = None, {}, newest_whole(views, state.refused)
+        if found is None or found.world_size == world_size or found.step <= 0 or found.age <= state.newest_age:
+            return False
+        self._whole, self._orders = found, share_out(found, secrets.randbits(31))
+        logger.info("step %d, which only nodes hold, is written to the run directory", found.step)
+        tell()
+        return True

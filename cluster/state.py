@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -174,19 +174,25 @@ def _fact(state: JobState, fact: Fact) -> JobState:
             return state
         case FactKind.SNAPSHOT_COMMITTED:
             state = _replace(state, step_s=_step_s(state, fact))
-            snapshots = tuple(sorted({*state.snapshots, fact.step}))[-KEPT_SNAPSHOTS:]
-            return _replace(state, snapshots=snapshots, newest_step=max(state.newest_step, fact.step))
+            others = _without(state, lambda age: age[1] == fact.step)
+            of_step = [age for age in state.committed if age[1] == fact.step]
+            newest = max([(fact.generation, fact.step), *of_step])
+            committed = tuple(sorted([*others, newest]))[-KEPT_SNAPSHOTS:]
+            return _replace(state, committed=committed, newest_step=max(state.newest_step, fact.step))
         case FactKind.LOADED:
             # What is beyond it could not be had, and will be made anew: nobody may wait for it, or count on it.
-            return _replace(state, snapshots=tuple(step for step in state.snapshots if step <= fact.step))
+            return _replace(state, committed=_without(state, lambda age: age[1] > fact.step))
         case FactKind.SNAPSHOT_DISTRUSTED:
-            snapshots = tuple(step for step in state.snapshots if step != fact.step)
-            return _replace(
-                state, snapshots=snapshots, rejected=tuple(sorted({*state.rejected, (fact.generation, fact.step)}))
-            )
+            rejected = tuple(sorted({*state.rejected, (fact.generation, fact.step)}))
+            return _replace(state, committed=_without(state, lambda age: age[1] == fact.step), rejected=rejected)
         case FactKind.SNAPSHOT_REJECTED:
-            return _replace(state, snapshots=tuple(step for step in state.snapshots if step != fact.step))
+            return _replace(state, committed=_without(state, lambda age: age[1] == fact.step))
     return state
+
+
+def _without(state: JobState, gone: Callable[[tuple[int, int]], bool]) -> tuple[tuple[int, int], ...]:
+    """The committed snapshots without some."""
+    return tuple(age for age in state.committed if not gone(age))
 
 
 def _first_step(state: JobState, fact: Fact) -> JobState:
@@ -294,7 +300,7 @@ def _went_back(state: JobState, back: Back) -> JobState:
         abandoned=(*state.abandoned, (back.generation, back.to_step)),
         left_out=union(state.left_out, back.left_out),
         recipe=back.recipe or state.recipe,
-        snapshots=tuple(step for step in state.snapshots if step <= back.to_step),
+        committed=_without(state, lambda age: age[1] > back.to_step),
     )
 
 

@@ -316,11 +316,11 @@ class Supervisor:
         match decision.action:
             case Restart(reason=reason) | Rollback(reason=reason):
                 self.next_generation(self.generations.members, reason)
-            case Replace(node=node, spare=spare, reason=reason):
+            case Replace(node=node, reason=reason):
                 self._evict(node, reason)
                 self._report(root)
-                # Not among those that a growth had chosen meanwhile: the policy decided on the order that is in force.
-                self.next_generation(self.state.order or _in_place_of(node, spare, self.generations.members), reason)
+                # Not who would hold ranks if a growth had come to its plan: the decision was made without it.
+                self.next_generation(self.state.order, reason)
             case Shrink(node=node, order=order, reason=reason):
                 self._evict(node, reason)
                 self._report(root)
@@ -336,9 +336,10 @@ class Supervisor:
                 pass
 
     def _without(self, node: str) -> None:
-        """A node was lost before it was given ranks: the job does not grow by it, or another takes its place."""
+        """A node is gone before the plan that would have given it ranks: whoever else came up takes its place, or, if
+        the job was to grow onto it, all go on as they were."""
         if self.state.order:
-            self.next_generation(self.state.order, f"{node} was lost before it was given ranks")
+            self.next_generation(self.state.order, f"{node}, which was to get ranks, is gone")
         else:
             self._choose_first_members()
 
@@ -468,7 +469,3 @@ class Supervisor:
             self.evicted = frozenset(self.state.evicted)
         self.watcher.on_event(event)
         return event
-
-
-def _in_place_of(node: str, spare: str, members: Sequence[str]) -> tuple[str, ...]:
-    return tuple(spare if member == node else member for member in members)

@@ -122,7 +122,7 @@ class NodeTiers:
     def obey(self, order: Order) -> None:
         """The supervisor spoke: copies go to these, and are taken of no history older than the plan's."""
         self.measurer.obey(order.measure)
-        self._rescue(order.rescue, order.target_generation)
+        self._rescue(order)
         self.replicator.send_to(order.copy_to)
         self.copies.keep_for(order.keep_for)
         if order.plan is not None:
@@ -134,15 +134,20 @@ class NodeTiers:
             if plan.ram_step >= 0:
                 self.copies.go_on_from(base, plan.generation)
 
-    def _rescue(self, wanted: Rescue | None, target_generation: int) -> None:
-        """Have shards written that others will need; orders repeat themselves, and each counts once."""
+    def _rescue(self, order: Order) -> None:
+        """Have shards written that others will need; orders repeat themselves, and each counts once.
+
+        What an earlier one asked for is over: it must not be committed beside what the job has gone on from since.
+        """
+        wanted = order.rescue
         if wanted == self._rescued:
             return
         self._rescued = wanted
+        self.store.drop_rescues()
         if wanted is None:
             return
-        # There is no plan yet whose generation could open the fence: the order itself shows that this node is heard.
-        self.store.follow(target_generation - 1)
+        # In a new attempt this node has followed no plan yet, and the fence would take it for one that was cut off.
+        self.store.follow(order.target_generation - 1)
         for rank in wanted.ranks:
             located = self.find(ShardRef(wanted.generation, wanted.step, rank))
             if located is not None:

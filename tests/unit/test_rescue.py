@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpointing.copies import CopyStore, Located
+from checkpointing.disk import step_dir
 from checkpointing.layout import ShardRef
 from checkpointing.segment import CONTROL_BYTES
 from checkpointing.store import NodeStore, StoreEvent, StoreEventKind
@@ -78,3 +79,43 @@ def test_a_node_that_was_given_up_rescues_nothing(tmp_path: Path) -> None:
     node.store.fence()
     assert node.rescue() == []
     assert committed_generation(node.own.run_dir, 7) == -1
+
+
+@pytest.mark.parametrize("when", ["nothing is written", "all is written"])
+def test_what_is_not_wanted_any_more_is_not_committed(when: str, tmp_path: Path) -> None:
+    """Promise: the job has gone on without it, and a late commit of an older history would lie beside its own."""
+    node = Survivor(tmp_path)
+    for rank in (0, 1):
+        node.store.rescue(node.find(rank))
+    if when == "all is written":
+        node.store.persist_pending()
+    node.store.drop_rescues()
+    node.store.persist_pending()
+    assert node.store.commit_pending() == []
+    assert committed_generation(node.own.run_dir, 7) == -1
+    assert StoreEventKind.COMMITTED in [event.kind for event in node.rescue()], "asked for again, it is"
+
+
+def test_two_nodes_may_write_one_shard(tmp_path: Path) -> None:
+    """Promise: what the other has half written is not touched, and what it has put in place stays if we cannot."""
+    node = Survivor(tmp_path)
+    folder = step_dir(node.own.run_dir, 7)
+    folder.mkdir(parents=True)
+    theirs = folder / "g1-rank00000.safetensors.tmp"
+    theirs.write_bytes(b"half")
+    node.rescue()
+    assert theirs.read_bytes() == b"half"
+
+
+def test_what_another_put_in_place_outlives_our_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Survivor(tmp_path)
+    node.rescue()
+    shard = step_dir(node.own.run_dir, 7) / "g1-rank00000.safetensors"
+    shard.with_suffix(".json").unlink()  # its sidecar is not written yet
+
+    def refuse(_: Path, target: Path) -> Path:
+        raise OSError(5, "Input/output error", str(target))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    node.rescue()
+    assert shard.exists()

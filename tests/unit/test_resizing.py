@@ -14,17 +14,21 @@ import msgspec
 import pytest
 
 from cluster import events
+from cluster.actions import Decision, Evict, Replace
 from cluster.fleet import AgentView
 from cluster.history import Drained, Evicted, HistoryFile, NodeId, Readmitted
 from cluster.jobstate import JobState
-from cluster.messages import AgentReport, AgentStatus, HeldInfo, NumberedFact, Rescue, Wish
+from cluster.messages import AgentReport, AgentStatus, HeldInfo, NumberedFact, Order, Rescue, Wish
+from cluster.planning import make_plan
 from cluster.remembering import identify
-from cluster.rescuing import newest_whole, share_out
+from cluster.rescuing import Rescuing, newest_whole, share_out
 from cluster.returning import Returning
-from cluster.state import apply
+from cluster.state import apply, replay
 from cluster.supervisor import Supervisor
+from cluster.tiers import NodeTiers
 from configs.load import load_job
-from health.verdict import Certainty
+from health.verdict import Cause, Certainty
+from tests.unit.stories import verdict
 from tests.unit.test_takeover import Answer, Played, at, planned, take_over, turn_until
 from trainer.events import Fact, FactKind
 
@@ -71,6 +75,10 @@ def test_the_newest_snapshot_of_any_layout_is_found_and_each_shard_written_once(
     assert (whole.generation, whole.step, whole.world_size) == (1, 9, 4)
     assert share_out(whole) == {"a": Rescue(1, 9, (0, 1)), "b": Rescue(1, 9, (2, 3))}
     assert newest_whole({"a": view(*shards(9, (0, 1, 2)))}) is None
+    copies = [msgspec.structs.replace(shard, tier="peer") for shard in shards(9)]
+    whole = newest_whole({"a": view(*copies), "b": view(*shards(9))})
+    assert whole is not None
+    assert share_out(whole) == {"b": Rescue(1, 9, (0, 1, 2, 3))}, "it may be writing them anyway"
 
 
 def test_a_job_that_shrinks_first_saves_what_only_memory_holds(tmp_path: Path) -> None:
@@ -79,7 +87,8 @@ def test_a_job_that_shrinks_first_saves_what_only_memory_holds(tmp_path: Path) -
     answer: Answer = lambda s: [holding(s.ready("node0", 2), shards(9), facts)]  # noqa: E731
     supervisor = take_over(tmp_path, answer, ("node1", "node2"), LOST)
     turn_until(supervisor, lambda: order_of(supervisor).rescue is not None)
-    assert order_of(supervisor).rescue == Rescue(1, 9, (0, 1, 2, 3))
+    wanted = order_of(supervisor).rescue
+    assert wanted == Rescue(1, 9, (0, 1, 2, 3), wanted.number)
     assert supervisor.generations.plan is None
     facts.append(said(FactKind.SNAPSHOT_COMMITTED, 9))
     turn_until(supervisor, planned(supervisor, "node0"))
@@ -105,6 +114,88 @@ def test_a_rescue_that_cannot_be_is_not_waited_for(how: str, tmp_path: Path) -> 
     assert order_of(supervisor).rescue is None
 
 
+def rescuing(views: dict[str, AgentView]) -> Rescuing:
+    """A job of two ranks, in generation 2, waits for what four ranks made."""
+    found = Rescuing(60.0)
+    assert found.waits(2, 2, views, JobState(), 0.0, nobody)
+    return found
+
+
+def nobody() -> None:
+    """Orders go to nobody."""
+
+
+def test_where_a_writer_goes_others_that_hold_its_shards_take_over(tmp_path: Path) -> None:
+    """Promise: a rescue is given up only when the snapshot is not whole any more."""
+    views = {"a": view(*shards(9)), "b": view(*shards(9))}
+    found = rescuing(views)
+    assert found.order_of("b") is not None
+    del views["b"]
+    assert found.waits(2, 2, views, JobState(), 1.0, nobody)
+    wanted = found.order_of("a")
+    assert wanted is not None
+    assert wanted.ranks == (0, 1, 2, 3)
+    del views["a"]
+    assert not found.waits(2, 2, views, JobState(), 2.0, nobody)
+
+
+def test_only_who_was_asked_can_fail_at_a_rescue(tmp_path: Path) -> None:
+    views = {"a": view(*shards(9, (0, 1))), "b": view(*shards(9, (2, 3)))}
+    found, failed = rescuing(views), said(FactKind.SNAPSHOT_FAILED, 9)
+    for node, rank in (("c", 0), ("a", 2), ("b", -1)):
+        found.hear(msgspec.structs.replace(failed, node=node, rank=rank))
+    assert found.waits(2, 2, views, JobState(), 1.0, nobody)
+    found.hear(msgspec.structs.replace(failed, node="a", rank=-1))
+    assert not found.waits(2, 2, views, JobState(), 1.0, nobody)
+
+
+def test_each_rescue_is_asked_for_anew(tmp_path: Path) -> None:
+    """Promise: agents, to whom equal orders count once, try again for the next supervisor."""
+    views = {"a": view(*shards(9))}
+    assert rescuing(views).order_of("a") != rescuing(views).order_of("a")
+
+
+def test_a_later_step_of_an_older_history_is_not_newer() -> None:
+    """Promise: after growing back, what was left on disks does not beat what the smaller job saved."""
+    facts = [msgspec.structs.replace(said(FactKind.SNAPSHOT_COMMITTED, 58), generation=2)]
+    state = replay([at(events.WorkersReported, fact=fact) for fact in facts])
+    views = {"node0": view(*shards(60))}
+    plan, _ = make_plan(3, ["node0"], 4, views, state)
+    assert (plan.ram_generation, plan.ram_step) == (-1, -1)
+    views = {"node0": view(*shards(59, generation=2))}
+    plan, _ = make_plan(3, ["node0"], 4, views, state)
+    assert (plan.ram_generation, plan.ram_step) == (2, 59)
+
+
+class Written:
+    """What tiers ask of the store for a rescue."""
+
+    def __init__(self) -> None:
+        self.followed, self.dropped, self.rescued = 0, 0, list[object]()
+
+    def follow(self, generation: int) -> None:
+        self.followed = generation
+
+    def drop_rescues(self) -> None:
+        self.dropped += 1
+
+    def rescue(self, shard: object) -> None:
+        self.rescued.append(shard)
+
+
+def test_a_rescue_is_carried_out_once_and_ends_with_the_wish_for_it() -> None:
+    """Promise: in a new attempt the fence keeps no rescue out, and one that was given up does not go on."""
+    tiers, store = NodeTiers.__new__(NodeTiers), Written()
+    tiers._rescued, tiers.store, tiers.find = None, store, lambda ref: ref  # type: ignore[assignment, method-assign, return-value]
+    wanted = Order(ack_seq=0, wish=Wish.RUN, target_generation=5, plan=None, rescue=Rescue(4, 9, (0, 1), 1))
+    for _ in range(2):
+        tiers._rescue(wanted)
+    assert (store.followed, len(store.rescued)) == (4, 2)
+    before = store.dropped
+    tiers._rescue(msgspec.structs.replace(wanted, rescue=None))
+    assert store.dropped == before + 1
+
+
 def order_of(supervisor: Supervisor, node: str = "node0") -> Any:
     return supervisor.socket.orders.get(node, Nothing)  # type: ignore[attr-defined]
 
@@ -113,6 +204,35 @@ class Nothing:
     """No order yet."""
 
     rescue = None
+
+
+def running(played: Played, node: str) -> AgentReport:
+    """Its workers of generation 1 have not ended yet."""
+    return msgspec.structs.replace(played.finished(node), status=AgentStatus.RUNNING)
+
+
+def test_a_node_that_a_shrink_leaves_without_ranks_is_waited_for(tmp_path: Path) -> None:
+    """Promise: what it holds, of itself and of others, is part of the newest snapshot, and is not given up for want of
+    patience: the plan waits until it has looked through it, and then for the rescue."""
+    stopped: list[str] = []
+
+    def answer(played: Played) -> list[AgentReport]:
+        mine = holding(played.ready("node0", 2), shards(9, (0, 1)))
+        if not stopped:
+            return [mine, running(played, "node1")]
+        return [mine, holding(played.ready("node1", 2), shards(9, (2, 3)))]
+
+    shrunk = at(events.ActionTaken, incident=1, action="shrink", reason="r", node="node2", order=("node0",))
+    supervisor = take_over(tmp_path, answer, ("node2",), (shrunk, at(events.NodeEvicted, node="node2", reason="r")))
+    turn_for(supervisor, 2 * supervisor.config.health.heartbeat_timeout_s)
+    assert supervisor.generations.plan is None
+    stopped.append("node1")
+    turn_until(supervisor, lambda: order_of(supervisor, "node1").rescue is not None)
+
+
+def turn_for(supervisor: Supervisor, for_s: float) -> None:
+    until_s = time.monotonic() + for_s
+    turn_until(supervisor, lambda: time.monotonic() >= until_s)
 
 
 # Growing -----------------------------------------------------------------------------------------------------------
@@ -157,6 +277,41 @@ def test_a_node_that_is_gone_by_then_is_not_grown_onto(tmp_path: Path) -> None:
     turn_with_end(supervisor, lambda: supervisor.state.generation == 3)
     assert supervisor.state.order == ("node0",)
     assert supervisor.exit_code is None
+
+
+BIG = (
+    *SMALL,
+    *(at(events.AgentStarted, node=node, handle=node) for node in ("node3", "node4")),
+    *(at(events.NodeReady, node=node, host="h", pid=2) for node in ("node3", "node4")),
+    at(
+        events.GenerationPlanned, generation=2, nodes=("node2", "node0"), ranks_per_node=2, store_host="127.0.0.1",
+        store_port=1, ram_step=-1, reason="r",
+    ),
+    at(events.ActionTaken, incident=0, action="grow", reason="r", order=("node2", "node0", "node3", "node4")),
+)  # fmt: skip
+
+
+def saved(folder: Path) -> Supervisor:
+    """All have saved, and the job is about to grow from two nodes to four; nobody is ready for the plan yet."""
+    supervisor = take_over(folder, lambda _: [], (), BIG)
+    supervisor.handing_over.over()
+    supervisor.generations.begin(supervisor.state.growing, "the job grows", 0.0)
+    return supervisor
+
+
+def test_a_node_lost_between_saving_and_the_larger_plan_is_replaced_once(tmp_path: Path) -> None:
+    """Promise: no plan names a node twice, whoever the spare is that the growth had in mind for other ranks."""
+    supervisor = saved(tmp_path)
+    decision = Decision(Replace("node0", "node3", "r"))
+    supervisor.carry_out(decision, verdict(Cause.NODE_LOST, "node0"), supervisor.state.next_incident)
+    assert supervisor.generations.members == ("node2", "node3")
+
+
+def test_a_new_node_lost_between_saving_and_the_larger_plan_leaves_all_as_they_were(tmp_path: Path) -> None:
+    supervisor = saved(tmp_path)
+    decision = Decision(Evict("node3", "r"))
+    supervisor.carry_out(decision, verdict(Cause.NODE_LOST, "node3"), supervisor.state.next_incident)
+    assert supervisor.generations.members == ("node2", "node0")
 
 
 def turn_with_end(supervisor: Supervisor, condition: Callable[[], bool]) -> None:
