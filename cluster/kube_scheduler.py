@@ -42,9 +42,10 @@ from configs.schema import JobConfig
 from health.kube_conditions import KubeJudge
 from health.verdict import Verdict
 
-RELEASE_AFTER_S = 2.0
+RELEASE_AFTER_S = 4.0
 """How long an agent's pod is kept after the agent was ended: the end of a run, or its new beginning, needs it still."""
 _TICK_S = 0.25
+_IDLE_EVERY_S = 5.0
 _PATIENCE_S = 120.0
 _AGAIN_S = 2.0
 _PODS_TIMEOUT_S = 900.0
@@ -136,8 +137,10 @@ class KubeScheduler:
 
     def stop(self) -> None:
         """End the threads; agents and pods are left alone."""
-        for each in (self._stop, self.pods, self.nodes, self.states):
-            each.set() if isinstance(each, threading.Event) else each.stop()
+        self._stop.set()
+        self.pods.stop()
+        self.nodes.stop()
+        self.states.stop()
         self._pool.shutdown(wait=True)
 
     def node_names(self, count: int) -> list[str]:
@@ -176,15 +179,23 @@ class KubeScheduler:
         return str(handle)
 
     def alive(self, handle: str) -> bool:
-        """See `Scheduler`: as the newest word of the API server and of the pod has it."""
-        agent = Handle.of(handle)
-        if agent.uid not in self._known:
+        """See `Scheduler`: as the newest word of the API server and of the pod has it. An agent of a time when the run
+        was on another kind of cluster is none of these."""
+        try:
+            agent = Handle.of(handle)
+        except ValueError:
+            return False
+        lives = self._lives(agent)
+        if lives and agent.uid not in self._known:
             self._know(agent)
-        return self._lives(agent)
+        return lives
 
     def kill(self, node: str, handle: str) -> None:
         """See `Scheduler`: the pod is told to end the agent, and after a while deleted, if nobody starts another."""
-        agent = Handle.of(handle)
+        try:
+            agent = Handle.of(handle)
+        except ValueError:
+            return  # see `alive`
         self._know(agent)
         with self._lock:
             self._serving.pop(node, None)
@@ -286,10 +297,27 @@ class KubeScheduler:
         concurrent.futures.wait(writing, _WRITE_TIMEOUT_S)
 
     def _tend(self) -> None:
+        idle_due_s = time.monotonic()
         while not self._stop.wait(_TICK_S):
             now_s = time.monotonic()
             self._reports.tick(now_s)
+            if now_s >= idle_due_s:
+                idle_due_s = now_s + _IDLE_EVERY_S
+                self._release_idle(now_s)
             self._releases.tick(now_s)
+
+    def _release_idle(self, now_s: float) -> None:
+        """Pods without an agent on nodes that were taken out of work by a run of ours: nothing will start there, and
+        whoever gave them up may have died before it deleted them."""
+        with self._lock:
+            serving = {each.uid for each in self._serving.values()}
+        for name, uid in self.states.up().items():
+            pod, state = self._pod(name), self.states.of(name)
+            if pod is None or pod.uid != uid or not pod.runs or uid in serving or state is None or state.running:
+                continue
+            node = self._node(pod.node)
+            if node is not None and node.ours:
+                self._releases.add(name, uid, now_s + RELEASE_AFTER_S)
 
 
 def _fit(node: NodeView | None) -> bool:

@@ -139,6 +139,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
     """See `Cluster`."""
     monkeypatch.setattr(kube_scheduler, "RELEASE_AFTER_S", 0.3)
     monkeypatch.setattr(kube_scheduler, "_SPARES_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(kube_scheduler, "_IDLE_EVERY_S", 0.2)
     with ApiServer(Store()) as server:
         made = Cluster(tmp_path, server, monkeypatch)
         yield made
@@ -381,6 +382,29 @@ def test_an_expired_version_is_listed_anew(cluster: Cluster, caplog: pytest.LogC
         cluster.server.cut_watches()
         cluster.store.merge(NODES, "", "n0", {"spec": {"unschedulable": True}})
     wait_until(lambda: scheduler.nodes.objects()["n0"].cordoned)
+
+
+def test_a_pod_that_was_left_on_a_bad_node_is_released(cluster: Cluster) -> None:
+    """Promise: a supervisor that died between the report of a bad node and the deletion of its pod costs no spare."""
+    first = cluster.open()
+    handle = first.start("n0")
+    first.report_bad("n0", "everstep: gpu_fault")
+    wait_until(lambda: cluster.taints("n0") == {BAD})
+    first.stop()
+    pod = cluster.pod_on("n0")
+    cluster.says(pod, serial=2, running=False)
+    second = cluster.open()
+    assert not second.alive(handle)
+    wait_until(lambda: cluster.pod_on("n0")["metadata"].get("deletionTimestamp"))
+    assert all("deletionTimestamp" not in cluster.pod_on(node)["metadata"] for node in ("n1", "n2"))
+
+
+def test_agents_of_another_kind_of_cluster_are_gone(cluster: Cluster) -> None:
+    """Promise: a run that was on SLURM or on one machine before goes on here."""
+    scheduler = cluster.open()
+    for handle in ("123:456", "77:everstep-node1-abc", ""):
+        assert not scheduler.alive(handle)
+        scheduler.kill("node1", handle)
 
 
 def test_a_second_supervisor_knows_the_agents_of_the_first(cluster: Cluster) -> None:
