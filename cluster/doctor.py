@@ -133,7 +133,7 @@ def _figures(tests: SelfTest | None) -> Iterator[Figure]:
 def installed_versions() -> tuple[Version, ...]:
     """Python, the packages that decide what is computed, the kernel and the driver; what is not there is left out."""
     found = [Version("python", platform.python_version()), Version("kernel", platform.release())]
-    for package in ("torch", "everstep"):
+    for package in ("torch", "torchao", "transformer-engine", "everstep"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(Version(package, importlib.metadata.version(package)))
     with contextlib.suppress(OSError):

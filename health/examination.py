@@ -18,7 +18,7 @@ from health.verdict import Cause, Certainty, Severity, Verdict
 
 PEERS_FOR_A_MEDIAN = 3
 LOW_MEMORY_BYTES = 1 << 30
-_MUST_AGREE = frozenset({"python", "torch", "cuda", "nccl", "driver", "everstep"})
+_MUST_AGREE = frozenset({"python", "torch", "torchao", "transformer-engine", "cuda", "nccl", "driver", "everstep"})
 _SHOWN = 6
 
 
