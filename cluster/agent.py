@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ class AgentState:
         self.clock = ClockFilter()
         self.domain = ""
         self.generation = 0
+        self.life = secrets.token_hex(8)
         self._notice = ""
         self._changed = threading.Condition()
         self._status = AgentStatus.READY
@@ -95,6 +97,7 @@ class AgentState:
                 sent_wall_s=time.time(),
                 machine=None if self._status is AgentStatus.RUNNING else self.machine,
                 measured=self._measured,
+                life=self.life,
             )
 
     def take_order(self, order: Order) -> None:

@@ -60,12 +60,14 @@ class AgentStarted(Event, frozen=True, kw_only=True, tag="agent_started"):
 
 
 class NodeReady(Event, frozen=True, kw_only=True, tag="node_ready"):
-    """An agent reported in, warm: torch and the trainer are loaded in its fork server. hardware: see `NodeId`."""
+    """An agent reported in, warm: torch and the trainer are loaded in its fork server. hardware: see `NodeId`; life:
+    see `AgentReport`."""
 
     node: str
     host: str
     pid: int
     hardware: tuple[str, ...] = ()
+    life: str = ""
 
 
 class NodeRemembered(Event, frozen=True, kw_only=True, tag="node_remembered"):

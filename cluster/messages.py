@@ -141,10 +141,10 @@ class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report", gc=Fa
     generation: the one its workers last ran in (0: none yet). peer_address: `host:port` where it serves and takes
     copies of snapshots, "" for nowhere. domain: what it shares its fate with, a rack or a power line; "" for nothing.
     notice: why this node must go soon, "" if it need not. hardware: what makes the node this one (UUIDs of its GPUs).
-    verdicts: what this node's own probes found. times: see
-    `RankTimes`. evidence: the answer to `Order.collect`, repeated until something else is asked. sent_wall_s: this
-    node's clock. machine: what must be alike on all nodes, None while it is not known or workers run. measured: the
-    answer to `Order.measure`.
+    life: drawn at random by each agent, since in a container all have the same pid. verdicts: what this node's own
+    probes found. times: see `RankTimes`. evidence: the answer to `Order.collect`, repeated until something else is
+    asked. sent_wall_s: this node's clock. machine: what must be alike on all nodes, None while it is not known or
+    workers run. measured: the answer to `Order.measure`.
     """
 
     node: str
@@ -168,6 +168,7 @@ class AgentReport(msgspec.Struct, frozen=True, kw_only=True, tag="report", gc=Fa
     sent_wall_s: float = 0.0
     machine: Machine | None = None
     measured: Measured | None = None
+    life: str = ""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -275,6 +276,11 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order", gc=False):
     measure: Measure | None = None
     heard_wall_s: float = 0.0
     sent_wall_s: float = 0.0
+
+
+def dismissal(generation: int) -> Order:
+    """What an agent is told that is not wanted any more; generation: the newest there is."""
+    return Order(ack_seq=0, wish=Wish.SHUT_DOWN, target_generation=generation, plan=None)
 
 
 Message = AgentReport | Order

@@ -35,6 +35,7 @@ from cluster.jobstate import (
     NodeStatus,
     Remembered,
     Resize,
+    life_of,
 )
 from health.verdict import Cause, Severity
 from trainer.events import Fact, FactKind
@@ -68,7 +69,7 @@ def apply(state: JobState, event: AnyEvent) -> JobState:
             known = Remembered(place=event.place, reason=event.reason, failures_per_day=event.failures_per_day)
             return _replace(state, remembered={**state.remembered, event.node: known})
         case NodeReadmitted():
-            return _replace(state, nodes={name: node for name, node in state.nodes.items() if name != event.node})
+            return _readmitted(state, event)
         case NodeReady():
             return _ready(state, event)
         case GenerationPlanned():
@@ -129,7 +130,15 @@ def _agent_started(state: JobState, event: AgentStarted) -> JobState:
 def _ready(state: JobState, event: NodeReady) -> JobState:
     keep = state.status(event.node) in (NodeStatus.EVICTED, NodeStatus.ACTIVE)
     status = state.nodes[event.node].status if keep else NodeStatus.READY
-    return _with_node(state, event.node, status=status, host=event.host, pid=event.pid)
+    return _with_node(state, event.node, status=status, host=event.host, pid=event.pid, life=event.life)
+
+
+def _readmitted(state: JobState, event: NodeReadmitted) -> JobState:
+    """Nothing is known of it any more, but that the agent which it had is nobody's."""
+    known = state.nodes.get(event.node)
+    former = {(event.node, life_of(known))} if known is not None and known.pid else set()
+    others = {name: node for name, node in state.nodes.items() if name != event.node}
+    return _replace(state, nodes=others, former=state.former | former)
 
 
 def _planned(state: JobState, event: GenerationPlanned) -> JobState:
@@ -311,6 +320,7 @@ def _with_node(
     handle: str | None = None,
     host: str | None = None,
     pid: int | None = None,
+    life: str | None = None,
 ) -> JobState:
     known = state.nodes.get(name, NodeState(status=status))
     node = NodeState(
@@ -318,6 +328,7 @@ def _with_node(
         handle=known.handle if handle is None else handle,
         host=known.host if host is None else host,
         pid=known.pid if pid is None else pid,
+        life=known.life if life is None else life,
     )
     return _replace(state, nodes={**state.nodes, name: node})
 

@@ -27,7 +27,7 @@ from cluster.history import history_path
 from cluster.inbox import Inbox
 from cluster.jobstate import JobState
 from cluster.journal import Journal
-from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
+from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish, dismissal
 from cluster.noticing import Noticing, Suspicion
 from cluster.planning import plan_event
 from cluster.policy_numbers import Rollback
@@ -137,7 +137,8 @@ class Supervisor:
 
     def take(self, report: AgentReport) -> None:
         """Fold one agent's report into what is known, and answer it."""
-        if self.returning.is_former(report.node, report.pid):
+        if self.returning.is_former(report):
+            self.socket.dismiss(report.node, dismissal(self.generations.number))
             return
         if report.node not in self.handles:
             if report.node in self.evicted:  # by the supervisor before this one
@@ -162,7 +163,8 @@ class Supervisor:
         self.generations.hear(report)
         self.doctor.take(report)
         if report.readiness is not None and (known is None or known.report.readiness is None) and not report.generation:
-            self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid, hardware=report.hardware)
+            self.emit(events.NodeReady, node=report.node, host=report.host, pid=report.pid, hardware=report.hardware,
+                      life=report.life)  # fmt: skip
         self._take_facts(report)
         if self.generations.runs(report):
             self._take_exits(report)
