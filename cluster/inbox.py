@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from cluster.jobstate import life_of
 from cluster.messages import AgentReport, NumberedVerdict, WorkerExit
 from trainer.events import Fact
 
@@ -21,7 +22,7 @@ class Inbox:
 
     def facts(self, report: AgentReport) -> Iterator[Fact]:
         """Facts that were not taken before; each is, once it was given out."""
-        life = (report.node, report.life or str(report.pid))
+        life = (report.node, life_of(report))
         for numbered in report.facts:
             if numbered.number > self._facts.get(life, 0):
                 self._facts[life] = numbered.number
@@ -29,7 +30,7 @@ class Inbox:
 
     def verdicts(self, report: AgentReport) -> Iterator[NumberedVerdict]:
         """What the node's probes found since. They know that node alone: what one says of another is not believed."""
-        life = (report.node, report.life or str(report.pid))
+        life = (report.node, life_of(report))
         for numbered in report.verdicts:
             if numbered.number > self._verdicts.get(life, 0):
                 self._verdicts[life] = numbered.number

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import msgspec
 
 from cluster.events import Place
+from cluster.messages import AgentReport
 from configs.shrinking import Layout
 from health.verdict import Cause, Certainty, Severity, Verdict
 from trainer.events import Fact
@@ -37,6 +38,11 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     host: str = ""
     pid: int = 0
     life: str = ""
+
+
+def life_of(node: NodeState | AgentReport) -> str:
+    """Which of a node's agents it is; those of before there were lives are told apart by their process."""
+    return node.life or str(node.pid)
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,7 +116,8 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     wanted_nodes: how many shall hold ranks, 0 if the journal does not say. layout: the mesh that they hold, None for
     the configuration's own. resizes: the newest changes of their number, a start with fewer than wanted among them.
     proven_size: whether a step was finished since the last one. growing: who will hold ranks once all have saved.
-    evicted_at: when nodes that are evicted were, by the wall clock.
+    evicted_at: when nodes that are evicted were, by the wall clock. former: agents (node and life, see `life_of`) that
+    were evicted before their nodes came back.
     """
 
     run: str = ""
@@ -144,6 +151,7 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True):
     resizes: tuple[Resize, ...] = ()
     proven_size: bool = True
     growing: tuple[str, ...] = ()
+    former: frozenset[tuple[str, str]] = frozenset()
     evicted_at: Mapping[str, float] = {}
     exit_code: int | None = None
     stop_reason: str = ""

@@ -280,6 +280,11 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, tag="order", gc=False):
     recipe: str = ""
 
 
+def dismissal(generation: int) -> Order:
+    """What an agent is told that is not wanted any more; generation: the newest there is."""
+    return Order(ack_seq=0, wish=Wish.SHUT_DOWN, target_generation=generation, plan=None)
+
+
 Message = AgentReport | Order
 MAX_MESSAGE_BYTES = 4 << 20
 

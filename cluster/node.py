@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -57,6 +58,7 @@ class Node:
         """Make the node's folder in shared memory, empty: what an earlier agent left is not trusted."""
         shutil.rmtree(self.ram_dir, ignore_errors=True)
         segments_dir(self.ram_dir).mkdir(mode=0o700, parents=True)
+        self._folder = os.open(self.ram_dir, os.O_RDONLY | os.O_DIRECTORY)
         self.run_dir.logs(self.node).mkdir(parents=True, exist_ok=True)
         self.slots.open()
         self.step_times.open()
@@ -66,14 +68,24 @@ class Node:
         self.tiers.open()
 
     def close(self) -> None:
-        """Give everything back."""
-        self.tiers.close()
+        """Give everything back. What the node's next agent has made in the meantime, under the same names, stays."""
+        mine = self._has_its_folder()
+        self.tiers.close(remove=mine)
         self.slots.close()
         self.step_times.close()
+        os.close(self._folder)
+        if not mine:
+            return
         shutil.rmtree(self.ram_dir, ignore_errors=True)
         # The last node of this machine takes the run's folder along; the others find it not empty.
         if self.ram_dir.parent.exists() and not any(self.ram_dir.parent.iterdir()):
             self.ram_dir.parent.rmdir()
+
+    def _has_its_folder(self) -> bool:
+        """Whether the folder in shared memory is still the one that was made; it is held open, so no other is alike."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(self.ram_dir.stat(), os.fstat(self._folder))
+        return False
 
     def take_inventory(self) -> Sequence[HeldInfo]:
         """The shards on this node, verified; called only while no worker runs."""

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 
 from cluster import events
 from cluster.history import HistoryFile
-from cluster.jobstate import JobState
+from cluster.jobstate import JobState, life_of
 from cluster.lemons import Standing, standings
 from cluster.messages import AgentReport
 from cluster.noticing import Noticing
@@ -87,14 +87,14 @@ class Returning:
         self._asked: concurrent.futures.Future[Answer] | None = None
         self._look_at_s = 0.0
         self._probation_at_s = 0.0
-        self._former: set[tuple[str, str]] = set()
         self._refused: dict[str, float] = {}
         self._seen: tuple[int, int] = (0, 0)
         self._known: list[Standing] = []
 
     def is_former(self, report: AgentReport) -> bool:
         """Whether this is the agent that a node had before it was evicted: it is nobody's any more."""
-        return (report.node, report.life) in self._former
+        former = self._run.state.former
+        return bool(former) and (report.node, life_of(report)) in former
 
     def look(self, now_s: float) -> None:
         """Take in what was found, and look again if it is time to. now_s: monotonic."""
@@ -195,9 +195,6 @@ class Returning:
     def _take(self, answer: Answer, now_s: float) -> None:
         run = self._run
         for back in answer.back:
-            known = run.state.nodes.get(back.node)
-            if known is not None and known.life:
-                self._former.add((back.node, known.life))
             run.emit(events.NodeReadmitted, node=back.node, reason=back.reason)
             if back.standing is not None and back.standing.failures:
                 remind(run, back.node, back.standing)

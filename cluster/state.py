@@ -35,6 +35,7 @@ from cluster.jobstate import (
     NodeStatus,
     Remembered,
     Resize,
+    life_of,
 )
 from health.verdict import Cause, Severity
 from trainer.events import Fact, FactKind
@@ -68,7 +69,7 @@ def apply(state: JobState, event: AnyEvent) -> JobState:
             known = Remembered(place=event.place, reason=event.reason, failures_per_day=event.failures_per_day)
             return _replace(state, remembered={**state.remembered, event.node: known})
         case NodeReadmitted():
-            return _replace(state, nodes={name: node for name, node in state.nodes.items() if name != event.node})
+            return _readmitted(state, event)
         case NodeReady():
             return _ready(state, event)
         case GenerationPlanned():
@@ -130,6 +131,14 @@ def _ready(state: JobState, event: NodeReady) -> JobState:
     keep = state.status(event.node) in (NodeStatus.EVICTED, NodeStatus.ACTIVE)
     status = state.nodes[event.node].status if keep else NodeStatus.READY
     return _with_node(state, event.node, status=status, host=event.host, pid=event.pid, life=event.life)
+
+
+def _readmitted(state: JobState, event: NodeReadmitted) -> JobState:
+    """Nothing is known of it any more, but that the agent which it had is nobody's."""
+    known = state.nodes.get(event.node)
+    former = {(event.node, life_of(known))} if known is not None and known.pid else set()
+    others = {name: node for name, node in state.nodes.items() if name != event.node}
+    return _replace(state, nodes=others, former=state.former | former)
 
 
 def _planned(state: JobState, event: GenerationPlanned) -> JobState:

@@ -28,7 +28,7 @@ from cluster.history import history_path
 from cluster.inbox import Inbox
 from cluster.jobstate import JobState
 from cluster.journal import Journal
-from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish
+from cluster.messages import AgentReport, AgentStatus, Gather, Order, Plan, Wish, dismissal
 from cluster.noticing import Noticing, Suspicion
 from cluster.owners import Owners
 from cluster.planning import plan_event
@@ -150,6 +150,7 @@ class Supervisor:
     def take(self, report: AgentReport) -> None:
         """Fold one agent's report into what is known, and answer it."""
         if self.returning.is_former(report):
+            self.socket.dismiss(report.node, dismissal(self.generations.number))
             return
         report = self.owners.informed(report)
         if report.node not in self.handles:

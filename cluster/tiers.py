@@ -77,15 +77,16 @@ class NodeTiers:
         if self.uploads is not None:
             self.uploads.start()
 
-    def close(self) -> None:
-        """End all of it, and free what is in memory."""
+    def close(self, remove: bool = True) -> None:
+        """End all of it, and free what is in memory, unless that is another agent's by now."""
         self.replicator.stop()
         self.server.close()
         self.persister.stop()
         if self.uploads is not None:
             self.uploads.stop()
-        self.copies.close()
-        self.store.close()
+        if remove:
+            self.copies.close()
+            self.store.close()
 
     def fence(self) -> None:
         """This node was given up: nothing of it is written, committed or sent any more. Waits for nothing."""

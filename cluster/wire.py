@@ -47,6 +47,7 @@ class SupervisorSocket:
         self._auth = zmq.auth.thread.ThreadAuthenticator(self._context)
         self._socket = self._context.socket(zmq.ROUTER)
         self._identities: dict[str, bytes] = {}
+        self._displaced: dict[str, bytes | None] = {}
         self._speakers: dict[bytes, str] = {}
         self._refusals = 0
         self._complained_s = float("-inf")
@@ -98,6 +99,7 @@ class SupervisorSocket:
                 self._refused(f"a message of {self._speakers[identity]} that says to be {report.node}", len(data))
                 continue
             if self._identities.get(report.node) != identity:
+                self._displaced[report.node] = self._identities.get(report.node)
                 self._forget(report.node)
                 self._identities[report.node] = identity
             yield report
@@ -126,6 +128,16 @@ class SupervisorSocket:
         if identity is not None:
             self._socket.send(identity, zmq.SNDMORE)
             self._socket.send(encode(order))
+
+    def dismiss(self, node: str, order: Order) -> None:
+        """Send to the agent that spoke for a node last, and then to the one before it again, which is the right one."""
+        self.send(node, order)
+        self._forget(node)
+        known = self._displaced.pop(node, None)
+        if known is None:
+            self._identities.pop(node, None)
+        else:
+            self._identities[node] = known
 
     def close(self) -> None:
         """Let go of the port."""

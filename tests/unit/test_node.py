@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from checkpointing.segment import segment_name
 from cluster.keys import make_transfer_key
 from cluster.messages import Assignment
 from cluster.node import Node
@@ -17,7 +18,7 @@ from cluster.rundir import RunDir
 from configs.load import load_job
 from tests.files import few_files
 from trainer.events import Fact, FactKind, Phase, WorkerError, append_line
-from trainer.paths import error_path, facts_path, rank_log, transfer_key_path
+from trainer.paths import error_path, facts_path, rank_log, segments_dir, transfer_key_path
 
 
 @pytest.fixture
@@ -30,6 +31,20 @@ def node(tmp_path: Path) -> Iterator[Node]:
     node.open()
     yield node
     node.close()
+
+
+def test_what_the_next_agent_of_the_node_has_made_stays(node: Node) -> None:
+    """Promise: an agent that was given up, and hears of it late, frees nothing of its successor's."""
+    former = Node(node.run_dir, node.config, "node0", "127.0.0.1")
+    former.open()
+    node_of_now = Node(node.run_dir, node.config, "node0", "127.0.0.1")
+    node_of_now.open()
+    slot = segments_dir(node.ram_dir) / segment_name(0, 0)
+    slot.write_bytes(b"")
+    former.close()
+    assert slot.exists()
+    node_of_now.close()
+    assert not node.ram_dir.exists()
 
 
 def test_facts_come_before_readiness(node: Node) -> None:

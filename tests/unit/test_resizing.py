@@ -254,7 +254,8 @@ def finished_or_ready(played: Played) -> list[AgentReport]:
     """Workers have left node0; each node gets ready for what is wanted of it."""
     target = played.target("node0", 2)
     done = msgspec.structs.replace(played.finished("node0"), generation=2, finished_step=30)
-    return [done if target == 2 else played.ready("node0", target), played.ready("node2", target)]
+    again = msgspec.structs.replace(played.ready("node2", target), life="again")
+    return [done if target == 2 else played.ready("node0", target), again]
 
 
 def test_a_growth_that_was_decided_is_carried_out_by_the_next_supervisor(tmp_path: Path) -> None:
@@ -392,15 +393,12 @@ class Fleet:
         return self.scheduler.started[before:]
 
 
+def alive(node: str, life: str) -> AgentReport:
+    return msgspec.structs.replace(Played(lambda _: []).ready(node, 1), pid=7, life=life)
+
+
 def person(kind: type, node: str, t_wall_s: float) -> Any:
     return kind(t_wall_s=t_wall_s, node=identify(node), reason="mended", who="a person")
-
-
-def says(node: str, life: str) -> AgentReport:
-    return AgentReport(
-        node=node, host="h", pid=7, seq=1, status=AgentStatus.READY, generation=0, finished_step=0, readiness=None,
-        beats=(), exits=(), facts=(), life=life,
-    )  # fmt: skip
 
 
 def test_a_node_that_a_person_readmits_is_started_again_once(tmp_path: Path) -> None:
@@ -416,10 +414,24 @@ def test_a_node_that_a_person_readmits_is_started_again_once(tmp_path: Path) -> 
     assert fleet.evicted == frozenset()
     assert fleet.handles["node1"] == "handle of node1"
     assert [type(event).__name__ for event in fleet.told[-4:]] == ["NodeReadmitted", "AgentStarted"] * 2
-    assert returning.is_former(says("node1", "first"))
-    assert not returning.is_former(says("node1", "second"))
-    assert not returning.is_former(says("node0", "first"))
+    for node, life, former in (("node1", "first", True), ("node1", "second", False), ("node0", "first", False)):
+        assert returning.is_former(alive(node, life)) == former
     returning.close(5.0)
+
+
+def test_the_agent_of_before_is_told_to_leave(tmp_path: Path) -> None:
+    """Promise: by a supervisor that took over since, too. It has its successor's name, in a container its pid as well,
+    and is heard no more."""
+    first, second = (msgspec.structs.replace(alive("node1", life), pid=1) for life in ("first", "second"))
+    ready = at(events.NodeReady, node="node1", host="h", pid=1, life="first")
+    later = (ready, LOST[1], LOST[2], at(events.NodeReadmitted, node="node1", reason="r"),
+             at(events.AgentStarted, node="node1", handle="again"))  # fmt: skip
+    supervisor = take_over(tmp_path, lambda _: [], (), later)
+    supervisor.take(first)
+    assert supervisor.socket.dismissed == ["node1"]  # type: ignore[attr-defined]
+    assert "node1" not in supervisor.views
+    supervisor.take(second)
+    assert supervisor.views["node1"].report.life == "second"
 
 
 def test_a_node_that_its_owner_has_again_is_started_if_nothing_is_held_against_it(tmp_path: Path) -> None:

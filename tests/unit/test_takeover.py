@@ -69,6 +69,7 @@ class Played:
         self.answer = answer
         self.orders: dict[str, Order] = {}
         self.seq = 0
+        self.dismissed: list[str] = []
 
     def receive(self, timeout_s: float) -> Iterator[AgentReport]:
         self.seq += 1
@@ -76,6 +77,9 @@ class Played:
 
     def send(self, node: str, order: Order) -> None:
         self.orders[node] = order
+
+    def dismiss(self, node: str, order: Order) -> None:
+        self.dismissed.append(node)
 
     def target(self, node: str, at_least: int) -> int:
         return max(at_least, self.orders[node].target_generation if node in self.orders else 0)

@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from cluster.keys import JobKeys, make_or_read_keys, read_keys
-from cluster.messages import AgentReport, AgentStatus, Order, Wish, encode
+from cluster.messages import AgentReport, AgentStatus, Order, Wish, dismissal, encode
 from cluster.rundir import Endpoint
 from cluster.wire import AgentLink, SupervisorSocket
 
@@ -72,6 +72,27 @@ def test_reports_come_in_and_orders_go_out(supervisor: tuple[SupervisorSocket, E
         assert orders[0].target_generation == 3
     finally:
         link.stop()
+
+
+def test_an_agent_that_is_dismissed_gets_none_of_its_successors_orders(
+    supervisor: tuple[SupervisorSocket, Endpoint], keys: JobKeys
+) -> None:
+    """Promise: both speak for the same node; what is sent to the node goes to the one that was not dismissed."""
+    socket, endpoint = supervisor
+    orders: tuple[list[Order], list[Order]] = ([], [])
+    links = [link_to(endpoint, keys, taken, interval_s=60.0) for taken in orders]
+    try:
+        for link in reversed(links):
+            link.start()
+            assert [each.node for each in reports_within(socket, 5.0)] == ["node0"]
+        socket.dismiss("node0", dismissal(3))
+        socket.send("node0", Order(ack_seq=1, wish=Wish.RUN, target_generation=3, plan=None))
+        for link in links:
+            assert link.heard.wait(5.0)  # type: ignore[attr-defined]
+    finally:
+        for link in links:
+            link.stop()
+    assert [[order.wish for order in taken] for taken in orders] == [[Wish.SHUT_DOWN], [Wish.RUN]]
 
 
 def test_a_stranger_is_not_heard(supervisor: tuple[SupervisorSocket, Endpoint], keys: JobKeys, tmp_path: Path) -> None:
