@@ -5,6 +5,7 @@ The supervisor is the real one; its two borders are played as in `test_takeover`
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -315,6 +316,51 @@ def test_a_new_node_lost_between_saving_and_the_larger_plan_leaves_all_as_they_w
     assert supervisor.generations.members == ("node2", "node0")
 
 
+def leaving(node: str, notice: str = "maintenance") -> AgentReport:
+    return msgspec.structs.replace(Played(lambda _: []).ready(node, 1), notice=notice, life="again")
+
+
+def test_a_node_that_must_go_is_not_grown_onto(tmp_path: Path) -> None:
+    """Promise: it would have to be left again at once; whether it says so after all have saved, or had ranks before."""
+    supervisor = saved(tmp_path)
+    supervisor.take(leaving("node3"))
+    assert supervisor.generations.members == ("node2", "node0")
+    assert "node3" in supervisor.evicted
+
+
+def test_a_node_that_must_go_while_all_save_to_grow_is_given_up(tmp_path: Path) -> None:
+    """Promise: one save is enough; its ranks go to one of those that the job was to grow onto."""
+    supervisor = take_over(tmp_path, lambda _: [], (), BIG)
+    assert supervisor.wish is Wish.SAVE_AND_LEAVE
+    until_s = supervisor.leave_by_s
+    supervisor.take(leaving("node0"))
+    assert (supervisor.handing_over.node, supervisor.leave_by_s) == ("node0", until_s)
+    supervisor.handing_over.over()
+    assert supervisor.generations.members == ("node2", "node3")
+
+
+def test_a_spare_that_must_go_first_writes_what_it_alone_holds(tmp_path: Path) -> None:
+    supervisor = saved(tmp_path)
+    supervisor.rescuing._orders = {"node4": Rescue(1, 9, (0,))}
+    supervisor.take(leaving("node4"))
+    assert "node4" not in supervisor.evicted
+    supervisor.rescuing._orders = {}
+    supervisor.take(leaving("node4"))
+    assert "node4" in supervisor.evicted
+
+
+def test_a_run_that_an_older_version_began_tells_of_its_first_shrink() -> None:
+    """Promise: its first plan says how many nodes it wants, where its start does not."""
+    whole = at(
+        events.GenerationPlanned, generation=1, nodes=("node0", "node1"), ranks_per_node=2, store_host="h",
+        store_port=1, ram_step=-1, reason="r",
+    )  # fmt: skip
+    begun = at(events.RunStarted, run="x", attempt=1, supervisor_pid=1, target_steps=60)
+    state = replay([begun, whole, *SMALL])
+    assert state.wanted_nodes == 2
+    assert [each.nodes for each in state.resizes] == [1]
+
+
 def turn_with_end(supervisor: Supervisor, condition: Callable[[], bool]) -> None:
     """As `turn_until`, and ends of generations are seen to."""
     deadline_s = time.monotonic() + 5.0
@@ -416,7 +462,7 @@ def test_a_node_that_a_person_readmits_is_started_again_once(tmp_path: Path) -> 
     assert [type(event).__name__ for event in fleet.told[-4:]] == ["NodeReadmitted", "AgentStarted"] * 2
     for node, life, former in (("node1", "first", True), ("node1", "second", False), ("node0", "first", False)):
         assert returning.is_former(alive(node, life)) == former
-    returning.close()
+    returning.close(5.0)
 
 
 def test_the_agent_of_before_is_told_to_leave(tmp_path: Path) -> None:
@@ -440,7 +486,7 @@ def test_a_node_that_its_owner_has_again_is_started_if_nothing_is_held_against_i
     returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
     fleet.scheduler.there = ("node0", "node1", "node2", "node7", "node8")
     assert fleet.looked(returning) == ["node1", "node7"], "no more than nodes and spares"
-    returning.close()
+    returning.close(5.0)
 
 
 def test_a_node_that_the_history_leaves_out_or_that_does_not_start_is_not_used(tmp_path: Path) -> None:
@@ -454,7 +500,45 @@ def test_a_node_that_the_history_leaves_out_or_that_does_not_start_is_not_used(t
     assert "node8" not in fleet.handles
     fleet.scheduler.broken = False
     assert fleet.looked(returning) == [], "it is not asked for again at once"
-    returning.close()
+    returning.close(5.0)
+
+
+def test_what_was_evicted_as_bad_stays_so_after_a_persons_turn(tmp_path: Path) -> None:
+    """Promise: an end that asks for a person clears failures, not what a node was evicted for; readmitting does."""
+    fleet = Fleet(tmp_path)
+    returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
+    fleet.hear(at(events.RunStopped, exit_code=1, reason="r", last_step=1))
+    fleet.hear(at(events.RunStarted, run="x", attempt=2, supervisor_pid=1, target_steps=60))
+    fleet.handles = {"node0": "node0"}
+    fleet.scheduler.there = ("node1", "node2")
+    assert fleet.looked(returning) == ["node1"]
+    fleet.hear(at(events.NodeReadmitted, node="node2", reason="r"))
+    assert fleet.state.status("node2") is None
+    returning.close(5.0)
+
+
+def test_when_a_node_was_evicted_is_known_from_the_decision_on(tmp_path: Path) -> None:
+    """Promise: a word from before does not bring it back, even if the supervisor died between the two."""
+    fleet = Fleet(tmp_path)
+    decided = [event for event in fleet.told if not isinstance(event, events.NodeEvicted)]
+    fleet.state = replay(decided)
+    fleet.history.append([person(Readmitted, "node1", 0.5)])
+    returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
+    assert fleet.looked(returning) == []
+    returning.close(5.0)
+
+
+def test_an_end_does_not_wait_for_an_agent_that_takes_long(tmp_path: Path) -> None:
+    fleet, answered = Fleet(tmp_path), threading.Event()
+    returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
+    fleet.scheduler.there = ("node7",)
+    fleet.scheduler.start = lambda node: str(answered.wait(30.0))  # type: ignore[method-assign]
+    returning.look(time.monotonic())
+    began_s = time.monotonic()
+    returning.close(0.1)
+    assert time.monotonic() - began_s < 5.0
+    assert "node7" not in fleet.handles
+    answered.set()
 
 
 def test_probation_ends_while_the_job_runs(tmp_path: Path) -> None:
@@ -473,7 +557,7 @@ def test_probation_ends_while_the_job_runs(tmp_path: Path) -> None:
     returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
     fleet.looked(returning)
     assert fleet.state.doubtful == frozenset(), "cluster.burn_in_hours = 0"
-    returning.close()
+    returning.close(5.0)
 
 
 def test_who_was_started_while_the_run_ended_is_ended_too(tmp_path: Path) -> None:
@@ -481,5 +565,5 @@ def test_who_was_started_while_the_run_ended_is_ended_too(tmp_path: Path) -> Non
     returning = Returning(fleet, fleet.history.path)  # type: ignore[arg-type]
     fleet.scheduler.there = ("node7",)
     returning.look(time.monotonic())
-    returning.close()
+    returning.close(5.0)
     assert fleet.handles["node7"] == "handle of node7"
