@@ -61,9 +61,13 @@ class HandingOver:
         return bool(self.node or self._run.state.growing)
 
     def told_to_leave(self, report: AgentReport) -> None:
-        """A node with ranks will be taken away: all save at the next step's end, and then it is given up."""
+        """A node with ranks will be taken away: all save at the next step's end, and then it is given up.
+
+        If they are saving already so that the job can grow, it is given up instead, and the job grows another time.
+        """
         run = self._run
-        if self.active or run.wish is not Wish.RUN:
+        growing = bool(run.state.growing) and run.wish is Wish.SAVE_AND_LEAVE
+        if self.node or not (growing or run.wish is Wish.RUN):
             return
         self.node = report.node
         fact = Fact(
@@ -71,7 +75,8 @@ class HandingOver:
             step=run.noticing.progress.newest_step, t_wall_s=time.time(),
             detail=f"{report.notice}: state is saved first",
         )  # fmt: skip
-        self._ask_to_save()
+        if not growing:
+            self._ask_to_save()
         run.emit(events.WorkersReported, fact=fact)
         run.broadcast()
 

@@ -31,13 +31,14 @@ class NodeStatus(enum.StrEnum):
 
 class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of one node. handle: the scheduler's word for its agent, "" before it was started. life: see
-    `cluster.messages.AgentReport`, "" before it spoke."""
+    `cluster.messages.AgentReport`, "" before it spoke. judged: it was evicted on evidence, rather than as gone."""
 
     status: NodeStatus
     handle: str = ""
     host: str = ""
     pid: int = 0
     life: str = ""
+    judged: bool = False
 
 
 def life_of(node: NodeState | AgentReport) -> str:

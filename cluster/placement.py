@@ -34,11 +34,14 @@ class Placement:
         if self._known.pop(node, None) is not None:
             self._changed = True
 
-    def update(self, members: Sequence[str]) -> None:
-        """Place copies anew if who is there has changed, or who holds ranks; costs as much as the fleet is large."""
+    def update(self, members: Sequence[str]) -> bool:
+        """Place copies anew if who is there has changed, or who holds ranks; costs as much as the fleet is large.
+
+        Whether orders may be others now.
+        """
         members = tuple(members)
         if not self._changed and members == self._members:
-            return
+            return False
         self._members, self._changed, known = members, False, self._known
         others = sorted(known.keys() - set(members), key=natural_order)
         ring = [*(node for node in members if node in known), *others]
@@ -48,6 +51,7 @@ class Placement:
             for keeper in self._placed.get(member, ()):
                 kept.setdefault(keeper, []).append(place)
         self._kept = {keeper: tuple(places) for keeper, places in kept.items()}
+        return self.copies > 0
 
     def copy_to(self, node: str) -> tuple[str, ...]:
         """Addresses of those who keep copies of this node's snapshots."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -83,7 +84,6 @@ class Returning:
     def __init__(self, run: Run, history: Path) -> None:
         self._run = run
         self._history = HistoryFile(history)
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "returning")
         self._asked: concurrent.futures.Future[Answer] | None = None
         self._look_at_s = 0.0
         self._probation_at_s = 0.0
@@ -105,16 +105,22 @@ class Returning:
             self._look_at_s = now_s + LOOK_EVERY_S
             question = self._question(now_s)
             if question is not None:
-                self._asked = self._pool.submit(self._find, question)
+                self._asked = concurrent.futures.Future()
+                # A daemon: asking for an agent may take long, and no end of a run shall wait for it without bound.
+                threading.Thread(
+                    target=self._answer, name="returning", args=(self._asked, question), daemon=True
+                ).start()
 
-    def close(self, patience_s: float) -> None:
-        """Look no more; whoever is started within patience_s is among the handles."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._asked is not None:
-            done, _ = concurrent.futures.wait([self._asked], patience_s)
-            for asked in done:
-                for back in () if asked.cancelled() else asked.result().back:
-                    self._run.handles[back.node] = back.handle
+    def close(self, timeout_s: float) -> None:
+        """Look no more; whoever was started meanwhile is among the handles, if that is known in time."""
+        asked, self._asked, self._look_at_s = self._asked, None, float("inf")
+        if asked is None:
+            return
+        if concurrent.futures.wait([asked], timeout_s).done:
+            for back in asked.result().back:
+                self._run.handles[back.node] = back.handle
+        else:
+            logger.warning("an agent that was asked for may still come up; it ends when it finds no supervisor")
 
     def _question(self, now_s: float) -> Question | None:
         """None: nobody could be used. Cheap, however large the fleet is, as long as nobody is missing."""
@@ -127,7 +133,7 @@ class Returning:
             probation = tuple(name for name in state.doubtful if state.status(name) is not None)
         if free <= 0 and not probation:
             return None
-        judged = {each.node for each in state.evictions if each.judged}
+        judged = {name for name in self._run.evicted if state.nodes[name].judged}
         return Question(
             evicted={name: state.evicted_at.get(name, float("inf")) for name in sorted(self._run.evicted)},
             lost=frozenset(self._run.evicted - judged),
@@ -137,6 +143,12 @@ class Returning:
         )
 
     # In the thread ------------------------------------------------------------------------------------------------
+
+    def _answer(self, asked: concurrent.futures.Future[Answer], question: Question) -> None:
+        try:
+            asked.set_result(self._find(question))
+        except Exception as error:  # noqa: BLE001  a defect of ours: it is raised in the supervisor's loop
+            asked.set_exception(error)
 
     def _find(self, question: Question) -> Answer:
         """Never raises what a file or the owner of the machines may do: it is looked for again."""

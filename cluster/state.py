@@ -156,6 +156,8 @@ def _planned(state: JobState, event: GenerationPlanned) -> JobState:
         order=event.nodes,
         layout=event.layout,
         growing=(),
+        # A run that an older version began does not say it, but knew no other size.
+        wanted_nodes=state.wanted_nodes or len(event.nodes),
         ranks_per_node=event.ranks_per_node,
         ram_step=event.ram_step,
         nodes=nodes,
@@ -280,9 +282,13 @@ def _action(state: JobState, event: ActionTaken) -> JobState:
         state = _went_back(state, event.back)
     if event.action not in EVICTING_ACTIONS:
         return state
-    state = _replace(state, evictions=(*state.evictions, _eviction(state, event)))
+    eviction = _eviction(state, event)
+    state = _replace(state, evictions=(*state.evictions, eviction))
+    if event.node:
+        state = _replace(state, evicted_at={**state.evicted_at, event.node: event.t_wall_s})
+        state = _with_node(state, event.node, status=NodeStatus.EVICTED, judged=eviction.judged)
     if event.action == "evict":
-        return _with_node(state, event.node, status=NodeStatus.EVICTED) if event.node else state
+        return state
     # The spare is taken at once, so that a second loss before the next plan is given another one.
     taken = tuple(event.spare if name == event.node else name for name in state.order)
     state = _replace(state, order=event.order if event.action == "shrink" else taken)
@@ -292,7 +298,7 @@ def _action(state: JobState, event: ActionTaken) -> JobState:
         # Who has no ranks any more can take over some at once.
         for name in state.with_status(NodeStatus.ACTIVE):
             state = state if name in event.order else _with_node(state, name, status=NodeStatus.READY)
-    return _with_node(state, event.node, status=NodeStatus.EVICTED) if event.node else state
+    return state
 
 
 def _eviction(state: JobState, event: ActionTaken) -> Eviction:
@@ -322,6 +328,7 @@ def _with_node(
     host: str | None = None,
     pid: int | None = None,
     life: str | None = None,
+    judged: bool | None = None,
 ) -> JobState:
     known = state.nodes.get(name, NodeState(status=status))
     node = NodeState(
@@ -330,6 +337,7 @@ def _with_node(
         host=known.host if host is None else host,
         pid=known.pid if pid is None else pid,
         life=known.life if life is None else life,
+        judged=known.judged if judged is None else judged,
     )
     return _replace(state, nodes={**state.nodes, name: node})
 

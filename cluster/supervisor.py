@@ -203,11 +203,14 @@ class Supervisor:
                     self.rescuing.hear(fact)
 
     def _told_to_leave(self, report: AgentReport) -> None:
-        """A node will be taken away."""
-        if report.node in self.generations.members:
+        """A node will be taken away. One without ranks goes at once, unless it is writing what the others will need."""
+        order, members = self.state.order, self.generations.members
+        if report.node in (order or members):
             self.handing_over.told_to_leave(report)
-        elif self.generations.members:
+        elif members and self.rescuing.order_of(report.node) is None:
             self._evict(report.node, f"spare: {report.notice}")
+            if report.node in members:
+                self._without(report.node)
 
     def _take_exits(self, report: AgentReport) -> None:
         if self.wish is not Wish.RUN:
@@ -274,8 +277,10 @@ class Supervisor:
     def watch(self, now: float) -> None:
         """Look for nodes that fell silent, agents that never came, and workers that make no progress."""
         self.noticing.look(now)
-        if self.generations.plan is not None and not self.noticing.waits_for_adopted:
-            self.generations.placement.update(self.generations.members)
+        placing = self.generations.plan is not None and not self.noticing.waits_for_adopted
+        if placing and self.generations.placement.update(self.generations.members):
+            # Most reports are not answered at once: a node would send its copies to one that is gone for that long.
+            self.broadcast()
         if self.wish is not Wish.RUN or (self.deciding.incident is not None and self.deciding.incident.about_nodes):
             return
         for suspicion in self.noticing.silent(self.handles, self.evicted, now):
@@ -438,7 +443,7 @@ class Supervisor:
         assert self.exit_code is not None
         self.wish = Wish.SHUT_DOWN
         self.broadcast()
-        self.returning.close(0.0 if self.interrupts > 1 else 10.0)
+        self.returning.close(0.0 if self.interrupts > 1 else 5.0)
         deadline = time.monotonic() + (0.0 if self.interrupts > 1 else 10.0)
         # An agent that never spoke hears no order either.
         spoke = [handle for node, handle in self.handles.items() if node in self.views]

@@ -53,6 +53,23 @@ def test_a_spare_that_is_told_to_leave_is_gone_at_once(tmp_path: Path) -> None:
     assert "node2" not in supervisor.views
 
 
+def test_where_copies_go_is_told_when_it_changes(tmp_path: Path) -> None:
+    """Promise: nobody, whose reports are not answered each time, sends copies for long to one that is gone."""
+    answer: Answer = lambda s: [holding(s.ready(node, 1), (), 9) for node in ADDRESSES]  # noqa: E731
+    supervisor = take_over(tmp_path, answer, (), RESTARTED)
+    turn_until(supervisor, planned(supervisor, "node0", "node1"))
+    orders = supervisor.socket.orders  # type: ignore[attr-defined]
+    supervisor.watch(time.monotonic())
+    before = orders["node0"].copy_to
+    orders.clear()
+    supervisor.watch(time.monotonic())
+    assert orders == {}, "nothing has changed"
+    moved = next(report for report in answer(supervisor.socket) if report.peer_address in before)  # type: ignore[arg-type]
+    supervisor.generations.placement.see(msgspec.structs.replace(moved, peer_address="h:9"))
+    supervisor.watch(time.monotonic())
+    assert orders["node0"].copy_to == ("h:9",)
+
+
 def test_a_take_over_orders_nothing_before_it_knows_all_addresses(tmp_path: Path) -> None:
     """Promise: a supervisor that dies between a plan and its orders has no node gather from nowhere."""
     plan = {"store_host": "127.0.0.1", "store_port": 1, "ram_step": 9, "ram_generation": 1, "reason": "r"}
