@@ -52,7 +52,7 @@ class Machines:
         """Unless the file says something else."""
         return handle not in self.gone
 
-    def kill(self, node: str, handle: str) -> None:
+    def kill(self, node: str, handle: str, for_good: bool = False) -> None:
         """Nobody to kill."""
 
     def report_bad(self, node: str, reason: str) -> None:

@@ -43,7 +43,7 @@ from health.kube_conditions import KubeJudge
 from health.verdict import Verdict
 
 RELEASE_AFTER_S = 4.0
-"""How long an agent's pod is kept after the agent was ended: the end of a run, or its new beginning, needs it still."""
+"""How long the pod of a node that was given up is kept: an agent may be started in it again."""
 _TICK_S = 0.25
 _IDLE_EVERY_S = 5.0
 _PATIENCE_S = 120.0
@@ -190,8 +190,9 @@ class KubeScheduler:
             self._know(agent)
         return lives
 
-    def kill(self, node: str, handle: str) -> None:
-        """See `Scheduler`: the pod is told to end the agent, and after a while deleted, if nobody starts another."""
+    def kill(self, node: str, handle: str, for_good: bool = False) -> None:
+        """See `Scheduler`: the pod is told to end the agent. For good: after a while it is deleted, if nobody starts
+        another; else it stays, since the end of a run, or its new beginning, needs it still."""
         try:
             agent = Handle.of(handle)
         except ValueError:
@@ -202,7 +203,8 @@ class KubeScheduler:
             self._ending[node] = agent
             self._writing.append(self._pool.submit(self._end, node, agent))
         self._judge.forget(node)
-        self._releases.add(agent.pod, agent.uid, time.monotonic() + RELEASE_AFTER_S)
+        if for_good:
+            self._releases.add(agent.pod, agent.uid, time.monotonic() + RELEASE_AFTER_S)
 
     def appeared(self) -> Sequence[str]:
         """See `Scheduler`: nodes with a pod in which no agent was started yet, and that take new work."""

@@ -67,7 +67,7 @@ class LocalScheduler:
         child = self._children.get(int(handle.split(":")[0]))
         return child.poll() if child is not None else None
 
-    def kill(self, node: str, handle: str) -> None:
+    def kill(self, node: str, handle: str, for_good: bool = False) -> None:
         """SIGKILL the whole session, wait until it is gone, and free the node's shared memory."""
         session = int(handle.split(":")[0])
         # The kernel keeps a session's id from being reused while it has members; a new process under the agent's

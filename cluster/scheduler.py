@@ -22,8 +22,11 @@ class Scheduler(Protocol):
     def alive(self, handle: str) -> bool:
         """Whether the scheduler knows the agent to be running; False only when it is sure that it is not."""
 
-    def kill(self, node: str, handle: str) -> None:
-        """End the agent and all its workers now, and give back what they held."""
+    def kill(self, node: str, handle: str, for_good: bool = False) -> None:
+        """End the agent and all its workers now, and give back what they held.
+
+        for_good: the run has given the node up, and the owner may put another one in its place.
+        """
 
     def appeared(self) -> Sequence[str]:
         """Nodes that may be started and were not there before, or are there again. Never raises, never waits."""

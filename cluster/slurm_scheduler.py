@@ -135,7 +135,7 @@ class SlurmScheduler:
             self.watchdog.open()
         return there
 
-    def kill(self, node: str, handle: str) -> None:
+    def kill(self, node: str, handle: str, for_good: bool = False) -> None:
         """See `Scheduler`: SIGKILL to the step, without waiting: the node may be dead, and would not answer."""
         child = self._children.get(handle)
         ended = child.poll() if child is not None else None

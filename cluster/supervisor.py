@@ -353,7 +353,7 @@ class Supervisor:
         self.emit(events.NodeEvicted, node=node, reason=reason)
         self.send_order(node)
         if node in self.handles:
-            self.scheduler.kill(node, self.handles[node])
+            self.scheduler.kill(node, self.handles[node], for_good=True)
         self.views.pop(node, None)
         self.noticing.forget(node)
         self.generations.forget(node)

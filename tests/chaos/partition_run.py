@@ -32,10 +32,10 @@ class FarScheduler(LocalScheduler):
         """See `Scheduler`."""
         return any(self.cut.iterdir()) or super().alive(handle)
 
-    def kill(self, node: str, handle: str) -> None:
+    def kill(self, node: str, handle: str, for_good: bool = False) -> None:
         """See `Scheduler`."""
         if not (self.cut / node).exists():
-            super().kill(node, handle)
+            super().kill(node, handle, for_good)
 
 
 def main(arguments: Sequence[str]) -> int:

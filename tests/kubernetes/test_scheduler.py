@@ -198,7 +198,7 @@ def test_the_pod_of_a_node_that_was_given_up_is_replaced(cluster: Cluster) -> No
     scheduler = cluster.open()
     pod = cluster.pod_on("n0")
     handle = scheduler.start("n0")
-    scheduler.kill("n0", handle)
+    scheduler.kill("n0", handle, for_good=True)
     name = pod["metadata"]["name"]
     wait_until(lambda: read_order(cluster.run_dir.path, name).action == "stop")  # type: ignore[union-attr]
     wait_until(lambda: cluster.store.get(PODS, "default", name)["metadata"].get("deletionTimestamp"))
@@ -211,17 +211,17 @@ def test_the_pod_of_a_node_that_was_given_up_is_replaced(cluster: Cluster) -> No
     assert set(scheduler.appeared()) == {"n1", "n2"}
 
 
-@pytest.mark.parametrize("kept_by", ["the next start", "the end of the run"])
+@pytest.mark.parametrize("kept_by", ["the next start", "the end of the run", "the end of the run, however slow"])
 def test_a_pod_that_is_of_use_again_stays(cluster: Cluster, kept_by: str) -> None:
     """Promise: ending agents when a run ends or begins anew costs no pods."""
     scheduler = cluster.open()
-    scheduler.kill("n0", scheduler.start("n0"))
+    scheduler.kill("n0", scheduler.start("n0"), for_good=kept_by != "the end of the run, however slow")
     if kept_by == "the next start":
         scheduler.start("n0")
-    else:
+    elif kept_by == "the end of the run":
         cluster.says(cluster.pod_on("n0"), serial=2)
         scheduler.close()
-    scheduler.kill("n1", scheduler.start("n1"))
+    scheduler.kill("n1", scheduler.start("n1"), for_good=True)
     gone = cluster.pod_on("n1")["metadata"]["name"]
     wait_until(lambda: cluster.store.get(PODS, "default", gone)["metadata"].get("deletionTimestamp"))
     assert "deletionTimestamp" not in cluster.pod_on("n0")["metadata"]
@@ -234,7 +234,7 @@ def test_a_pod_on_a_dead_node_is_replaced(cluster: Cluster, bad_node: str) -> No
     scheduler = cluster.open(bad_node)
     handle = scheduler.start("n0")
     name = cluster.pod_on("n0")["metadata"]["name"]
-    scheduler.kill("n0", handle)
+    scheduler.kill("n0", handle, for_good=True)
     scheduler.report_bad("n0", "everstep: node_lost: no heartbeat")
     wait_until(lambda: cluster.store.get(PODS, "default", name)["metadata"].get("deletionTimestamp"))
     cluster.turn()

@@ -40,7 +40,7 @@ class Machines:
     def alive(self, handle: str) -> bool:
         return handle not in self.gone
 
-    def kill(self, node: str, handle: str) -> None:
+    def kill(self, node: str, handle: str, for_good: bool = False) -> None:
         self.gone.add(handle)
 
     def report_bad(self, node: str, reason: str) -> None:
