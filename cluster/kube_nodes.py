@@ -128,15 +128,17 @@ def by_agent(pods: Iterable[PodView]) -> dict[str, PodView]:
 
 
 def startable(pods: Iterable[PodView], nodes: Mapping[str, NodeView], up: Mapping[str, str]) -> list[str]:
-    """Nodes that agents may be started on, in the order of their pods; those that nothing new should run on come last.
+    """Nodes that agents may be started on, in the order of their pods; those that nothing new should run on come last,
+    and dead ones are left out.
 
     up: by pod, the uid under which its entry has said that it is there.
     """
     there = [pod for pod in by_agent(pods).values() if pod.runs and up.get(pod.name) == pod.uid]
+    there = [pod for pod in there if (node := nodes.get(pod.node)) is None or not node.dead]
 
-    def order(pod: PodView) -> tuple[bool, bool, int, str]:
+    def order(pod: PodView) -> tuple[bool, int, str]:
         node = nodes.get(pod.node)
-        return (node is not None and node.dead, node is not None and node.cordoned, pod.index, pod.node)
+        return (node is not None and node.cordoned, pod.index, pod.node)
 
     return [agent_name(pod.node) for pod in sorted(there, key=order)]
 

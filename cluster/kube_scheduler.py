@@ -188,6 +188,7 @@ class KubeScheduler:
         lives = self._lives(agent)
         if lives and agent.uid not in self._known:
             self._know(agent)
+            self._releases.keep(agent.uid)
         return lives
 
     def kill(self, node: str, handle: str, for_good: bool = False) -> None:
@@ -241,7 +242,8 @@ class KubeScheduler:
         return tuple(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ()
 
     def close(self) -> None:
-        """Wait for agents that are still being ended; their pods stay, for whoever runs this job next."""
+        """Wait for agents that are still being ended; their pods stay, for whoever runs this job next, unless their
+        nodes are dead (`_release_lost`)."""
         self._releases.keep_all()
         self._await_writes()
         deadline_s = time.monotonic() + _END_TIMEOUT_S
@@ -299,13 +301,14 @@ class KubeScheduler:
         concurrent.futures.wait(writing, _WRITE_TIMEOUT_S)
 
     def _tend(self) -> None:
-        idle_due_s = time.monotonic()
+        idle_due_s = time.monotonic() + _IDLE_EVERY_S  # whoever takes a run over asks for its agents first
         while not self._stop.wait(_TICK_S):
             now_s = time.monotonic()
             self._reports.tick(now_s)
             if now_s >= idle_due_s:
                 idle_due_s = now_s + _IDLE_EVERY_S
                 self._release_idle(now_s)
+                self._release_lost(now_s)
             self._releases.tick(now_s)
 
     def _release_idle(self, now_s: float) -> None:
@@ -321,9 +324,22 @@ class KubeScheduler:
             if node is not None and node.ours:
                 self._releases.add(name, uid, now_s + RELEASE_AFTER_S)
 
+    def _release_lost(self, now_s: float) -> None:
+        """Pods on dead nodes that serve nobody: no kubelet ends them, and the Job waits for them. Where
+        all nodes are silent, it is the server that does not hear, and nothing follows."""
+        pods = [(pod, self._node(pod.node)) for pod in self.pods.objects().values() if pod.node]
+        with self._lock:
+            serving = {each.uid for each in self._serving.values()}
+        lost = [pod for pod, node in pods if node is not None and node.dead]
+        if len(lost) == len(pods):
+            return
+        for pod in lost:
+            if pod.uid not in serving and (pod.deleting or not pod.over):
+                self._releases.add(pod.name, pod.uid, now_s + RELEASE_AFTER_S)
+
 
 def _fit(node: NodeView | None) -> bool:
-    return node is None or not (node.cordoned or node.dead)
+    return node is None or not node.cordoned
 
 
 def patiently(ask: Callable[[], _T]) -> _T:

@@ -156,7 +156,7 @@ def wait_until(true: Callable[[], object], timeout_s: float = 10.0) -> None:
 
 
 def test_nodes_are_those_whose_pods_are_up(cluster: Cluster) -> None:
-    """Promise: in the order of their pods; one that nothing new should run on, or is silent, comes last."""
+    """Promise: in the order of their pods; one that nothing new should run on comes last."""
     cluster.store.merge(NODES, "", cluster.pods()[0]["spec"]["nodeName"], {"spec": {"unschedulable": True}})
     scheduler = cluster.open()
     first, second, third = (pod["spec"]["nodeName"] for pod in cluster.pods())
@@ -248,6 +248,25 @@ def test_a_pod_on_a_dead_node_is_replaced(cluster: Cluster, bad_node: str) -> No
     wait_until(replaced)
     assert cluster.store.find(PODS, "default", name) is None
     assert cluster.taints("n0") == ({BAD, OUT} if bad_node == "taint" else set())
+
+
+def test_a_pod_on_a_dead_node_is_replaced_in_the_next_attempt_too(cluster: Cluster) -> None:
+    """Promise: its node is none that agents may be started on, and nobody needs to know that it was given up."""
+    scheduler = cluster.open()
+    handle = scheduler.start("n0")
+    name = cluster.pod_on("n0")["metadata"]["name"]
+    cluster.ready("n0", "Unknown")
+    wait_until(lambda: scheduler.node_names(3) == ["n1", "n2"])
+    assert cluster.store.find(PODS, "default", name) is not None  # its agent may well work on
+    scheduler.kill("n0", handle)
+    scheduler.close()
+
+    def replaced() -> bool:
+        cluster.turn()
+        return "n3" in scheduler.appeared()
+
+    wait_until(replaced)
+    assert cluster.store.find(PODS, "default", name) is None
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_the_pod_that_runs_stands_for_its_node() -> None:
 
 
 def test_only_pods_whose_entries_spoke_are_startable() -> None:
-    """In the order of their indices; nodes that take nothing new, and silent ones, last."""
+    """In the order of their indices; nodes that take nothing new last, and no silent ones."""
     pods = [pod(f"p{i}", f"n{i}", index=5 - i) for i in range(6)]
     up = {each.name: each.uid for each in pods} | {"p0": "another life"}
     nodes = {
@@ -61,7 +61,7 @@ def test_only_pods_whose_entries_spoke_are_startable() -> None:
         "n4": NodeView(name="n4", ready="True", cordoned=True),
         "n5": NodeView(name="n5", ready="Unknown"),
     }
-    assert startable(pods, nodes, up) == ["n3", "n2", "n1", "n4", "n5"]
+    assert startable(pods, nodes, up) == ["n3", "n2", "n1", "n4"]
 
 
 def test_what_is_read_of_a_pod() -> None:
