@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -62,7 +62,7 @@ class Machines:
         """None."""
         return ()
 
-    def verdicts(self, step: int) -> tuple[()]:
+    def verdicts(self, step: int, nodes: Collection[str]) -> tuple[()]:
         """None."""
         return ()
 

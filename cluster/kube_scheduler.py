@@ -11,7 +11,7 @@ import concurrent.futures
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -100,7 +100,7 @@ class KubeScheduler:
         self._reports = Reports(api, self._bad_node in _TAINTING, self._node)
         self._releases = Releases(api, here.namespace, self._pod, self._node)
         self._judge = KubeJudge()
-        self._judged: tuple[int, int, int] = (-1, -1, -1)
+        self._judged: tuple[int, int, frozenset[str]] = (-1, -1, frozenset())
         self._serving: dict[str, Handle] = {}
         self._hosts: dict[str, str] = {}
         self._known: set[str] = set()
@@ -214,11 +214,11 @@ class KubeScheduler:
         nodes, pods = self.nodes.objects(), by_agent(self.pods.objects().values())
         return [name for name in self._startable() if pods[name].uid not in known and _fit(nodes.get(pods[name].node))]
 
-    def verdicts(self, step: int) -> Sequence[Verdict]:
+    def verdicts(self, step: int, nodes: Collection[str]) -> Sequence[Verdict]:
         """See `Scheduler`: what conditions, taints and annotations say of nodes that agents of ours are on."""
         with self._lock:
-            serving = dict(self._serving)
-        seen = (self.pods.version, self.nodes.version, len(serving))
+            serving = {node: agent for node, agent in self._serving.items() if node in nodes}
+        seen = (self.pods.version, self.nodes.version, frozenset(serving))
         if seen == self._judged:
             return ()
         self._judged = seen

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -85,7 +85,7 @@ class LocalScheduler:
         """See `Scheduler`: nodes of this machine do not come by themselves."""
         return ()
 
-    def verdicts(self, step: int) -> Sequence[Verdict]:
+    def verdicts(self, step: int, nodes: Collection[str]) -> Sequence[Verdict]:
         """See `Scheduler`: nobody else looks at these nodes."""
         return ()
 

@@ -21,6 +21,7 @@ class Run(Protocol):
     """What it needs of the supervisor."""
 
     evicted: frozenset[str]
+    handles: dict[str, str]
     noticing: Noticing
     deciding: Deciding
     scheduler: Scheduler
@@ -36,9 +37,9 @@ class Owners:
     def listen(self) -> None:
         """Take in what is new: a verdict, weighed like one of the node's own probes, or a notice to leave."""
         run = self._run
-        for verdict in run.scheduler.verdicts(run.noticing.progress.newest_step):
-            if verdict.node in run.evicted:
-                continue
+        # Only of those whose verdicts count now: what is said once is not said again. A node that comes back is among
+        # them when it was readmitted, not as soon as its agent is started.
+        for verdict in run.scheduler.verdicts(run.noticing.progress.newest_step, run.handles.keys() - run.evicted):
             if verdict.cause is Cause.PREEMPTED and verdict.severity is Severity.NODE:
                 logger.warning("%s", verdict.evidence[0])
                 self._notices[verdict.node] = verdict.evidence[0]

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from cluster import slurm_steps
@@ -148,7 +148,7 @@ class SlurmScheduler:
         """See `Scheduler`: nodes of the allocation that are up, and had no agent yet or were down since."""
         return self._present.appeared()
 
-    def verdicts(self, step: int) -> Sequence[Verdict]:
+    def verdicts(self, step: int, nodes: Collection[str]) -> Sequence[Verdict]:
         """See `Scheduler`: nobody else looks at these nodes."""
         return ()
 

@@ -347,7 +347,7 @@ def test_verdicts_are_said_once_while_they_last(cluster: Cluster) -> None:
     """Promise: of nodes that work for us, and of no others."""
     scheduler = cluster.open()
     scheduler.start("n0")
-    assert list(scheduler.verdicts(5)) == []
+    assert list(scheduler.verdicts(5, {"n0", "n1"})) == []
     for node in ("n0", "n1"):
         deadlock = condition("KernelDeadlock", "DockerHung", "task hung")
         ready = condition("Ready", "KubeletReady", "")
@@ -355,7 +355,7 @@ def test_verdicts_are_said_once_while_they_last(cluster: Cluster) -> None:
     found: list[tuple[str, Cause, int]] = []
 
     def heard() -> bool:
-        found.extend((each.node, each.cause, each.step) for each in scheduler.verdicts(7))
+        found.extend((each.node, each.cause, each.step) for each in scheduler.verdicts(7, {"n0", "n1"}))
         return bool(found)
 
     wait_until(heard)
@@ -363,6 +363,17 @@ def test_verdicts_are_said_once_while_they_last(cluster: Cluster) -> None:
     wait_until(lambda: scheduler.nodes.objects()["n2"].cordoned)
     heard()
     assert found == [("n0", Cause.NODE_FAULT, 7)]
+
+
+def test_what_is_known_of_a_node_that_comes_back_waits_for_it(cluster: Cluster) -> None:
+    """Promise: nothing is said, and then taken for said, of one that the run does not count yet."""
+    deadlock = condition("KernelDeadlock", "DockerHung", "task hung")
+    conditions = [condition("Ready", "KubeletReady", ""), deadlock]
+    cluster.store.merge(NODES, "", "n0", {"status": {"conditions": conditions}})
+    scheduler = cluster.open()
+    scheduler.start("n0")
+    assert list(scheduler.verdicts(7, set())) == []
+    assert [each.node for each in scheduler.verdicts(7, {"n0"})] == ["n0"]
 
 
 def test_a_broken_watch_is_taken_up_again(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:

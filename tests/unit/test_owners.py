@@ -6,7 +6,7 @@ The supervisor is the real one; its two borders are played (`tests/unit/test_tak
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -41,9 +41,9 @@ class Owner(Machines):
     def appeared(self) -> tuple[str, ...]:
         return tuple(self.came)
 
-    def verdicts(self, step: int) -> Sequence[Verdict]:
+    def verdicts(self, step: int, nodes: Collection[str]) -> Sequence[Verdict]:
         found, self.found = self.found, []
-        return found
+        return [each for each in found if each.node in nodes]
 
 
 def owned(folder: Path, fleet: Fleet) -> tuple[Supervisor, Owner]:

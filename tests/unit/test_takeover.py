@@ -6,7 +6,7 @@ The supervisor is the real one; the scheduler and the socket, its two borders, a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import msgspec
@@ -52,7 +52,7 @@ class Machines:
     def appeared(self) -> tuple[str, ...]:
         return ()
 
-    def verdicts(self, step: int) -> tuple[()]:
+    def verdicts(self, step: int, nodes: Collection[str]) -> tuple[()]:
         return ()
 
     def last_words(self, node: str) -> tuple[str, ...]:
