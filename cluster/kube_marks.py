@@ -30,8 +30,7 @@ def mark(node: Manifest, reason: str, taint: bool, out_of_service: bool = False)
 
     taint: also keep off what tolerates a cordon. out_of_service: the node is dead, and its pods may be taken for gone.
     """
-    said = _CONTROL.sub(" ", reason).strip()[:_LONGEST_REASON]
-    annotations: dict[str, str | None] = {ANNOTATION_REASON: said if said.startswith(OURS) else f"{OURS} {said}"}
+    annotations: dict[str, str | None] = {ANNOTATION_REASON: as_written(reason)}
     if not node.get("spec", {}).get("unschedulable", False):
         annotations[ANNOTATION_CORDONED] = "true"
     taints = _taints(node)
@@ -41,6 +40,12 @@ def mark(node: Manifest, reason: str, taint: bool, out_of_service: bool = False)
     if out_of_service and TAINT_OUT_OF_SERVICE not in keys:
         taints.append({"key": TAINT_OUT_OF_SERVICE, "value": OUT_OF_SERVICE_VALUE, "effect": "NoExecute"})
     return _patch(node, annotations, {"unschedulable": True, "taints": taints})
+
+
+def as_written(reason: str) -> str:
+    """A reason as it stands in the annotation."""
+    said = _CONTROL.sub(" ", reason).strip()[:_LONGEST_REASON]
+    return said if said.startswith(OURS) else f"{OURS} {said}"
 
 
 def unmark(node: Manifest) -> Manifest | None:

@@ -9,13 +9,15 @@ from collections.abc import Callable
 import msgspec
 
 from cluster.kube_calls import CONFLICT, FORBIDDEN, MERGE_PATCH, NOT_FOUND, KubeApi, KubeError
-from cluster.kube_marks import in_service, mark
+from cluster.kube_marks import OURS, as_written, in_service, mark, reason_of
 from cluster.kube_nodes import NodeView, read_node
 from cluster.kube_paths import path_to
 from cluster.kube_pods import Manifest
 from health.kube_conditions import is_quarantined
+from health.verdict import Cause
 
 _TRIES = 5
+_LOST = f"{OURS} {Cause.NODE_LOST.value}"
 _AGAIN_S = (1.0, 60.0)
 _DEAD_WITHIN_S = 900.0
 """A node that is not ready for the first time later than this after it was reported is being repaired, not lost."""
@@ -30,6 +32,11 @@ class _Report(msgspec.Struct):
     due_s: float
     marked: bool = False
     failures: int = 0
+
+    @property
+    def lost(self) -> bool:
+        """Whether the node was not heard: only then may it be declared dead."""
+        return self.reason.startswith(_LOST)
 
 
 class Reports:
@@ -50,6 +57,11 @@ class Reports:
         """This node is bad. now_s: monotonic."""
         with self._lock:
             self._reports[node] = _Report(node, reason, now_s, now_s)
+
+    def withdraw(self, node: str) -> None:
+        """The node works for us again. What is written on it stays, for whoever takes it back."""
+        with self._lock:
+            self._reports.pop(node, None)
 
     def tick(self, now_s: float) -> None:
         """Do what there is to do. Never raises what the server may do: it is tried again."""
@@ -84,7 +96,7 @@ class Reports:
     def _see_to(self, each: _Report, now_s: float) -> bool:
         """Whether there is nothing left to be done about it."""
         if not each.marked:
-            if not self._patch(each.node, lambda node: self._mark(node, each.reason)):
+            if not self._patch(each.node, lambda node: self._mark(node, each)):
                 logger.warning("%s is bad (%s); NVSentinel has it in hand already", each.node, each.reason)
                 return True
             logger.warning("told Kubernetes to keep new work off %s: %s", each.node, each.reason)
@@ -96,15 +108,23 @@ class Reports:
             logger.warning("%s answers again: it is out of service no more, but stays cordoned", each.node)
             self._patch(each.node, in_service)
         elif node is not None and node.ready == "Unknown" and not node.dead_by_declaration:
+            # Whoever took our mark away meanwhile has the node now.
+            if not each.lost or not self._patch(each.node, lambda found: self._mark_again(found, each)):
+                return True
             logger.warning("%s is dead: what ran there is given up (%s)", each.node, each.reason)
-            self._patch(each.node, lambda found: self._mark(found, each.reason))
         return now_s - each.reported_s > _DEAD_WITHIN_S and not (node is not None and node.declared_dead_by_us)
 
-    def _mark(self, node: Manifest, reason: str) -> Manifest | None:
+    def _mark(self, node: Manifest, each: _Report) -> Manifest | None:
         seen = read_node(node, "")
         if is_quarantined(seen.annotations):
             return None
-        return mark(node, reason, self.taint, out_of_service=self.taint and seen.ready == "Unknown")
+        dead = self.taint and each.lost and seen.ready == "Unknown"
+        return mark(node, each.reason, self.taint, out_of_service=dead)
+
+    def _mark_again(self, node: Manifest, each: _Report) -> Manifest | None:
+        with self._lock:
+            stands = self._reports.get(each.node) is each
+        return self._mark(node, each) if stands and reason_of(node) == as_written(each.reason) else None
 
     def _patch(self, name: str, change: Callable[[Manifest], Manifest | None]) -> bool:
         """Patch a node as it stands, again if it changed meanwhile; False if there is nothing to change."""

@@ -176,6 +176,7 @@ class KubeScheduler:
         handle = Handle(pod.name, pod.uid, serial, pod.node)
         self._know(handle)
         self._releases.keep(pod.uid)
+        self._reports.withdraw(pod.node)
         return str(handle)
 
     def alive(self, handle: str) -> bool:

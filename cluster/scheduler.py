@@ -32,8 +32,8 @@ class Scheduler(Protocol):
         """Nodes that may be started and were not there before, or are there again. Never raises, never waits."""
 
     def verdicts(self, step: int, nodes: Collection[str]) -> Sequence[Verdict]:
-        """What the owner of the machines says of these, as far as agents run on them, each thing once while it lasts. One
-        of cause `preempted` is a notice that the node will be taken away. Never raises, never waits."""
+        """What the owner of the machines says of these nodes, as far as agents run on them, each thing once while it
+        lasts. One of cause `preempted` is a notice that the node will be taken away. Never raises, never waits."""
 
     def report_bad(self, node: str, reason: str) -> None:
         """Tell whoever owns the node that it is bad, in words for its administrator. Never raises, never waits."""

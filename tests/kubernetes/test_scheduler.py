@@ -16,6 +16,7 @@ import pytest
 
 from cluster import kube_scheduler
 from cluster.kube_client import KubeClient
+from cluster.kube_marks import unmark
 from cluster.kube_names import Inside
 from cluster.kube_orders import PodState, read_order, write_state
 from cluster.kube_rbac import account_objects
@@ -321,6 +322,28 @@ def test_a_node_that_answers_again_is_in_service(cluster: Cluster) -> None:
     cluster.ready("n0", "True")
     wait_until(lambda: cluster.taints("n0") == {BAD})
     assert cluster.node("n0")["spec"]["unschedulable"]
+
+
+@pytest.mark.parametrize("given_back_by", ["a person", "the run", "nobody, but it was not lost"])
+def test_a_node_that_was_given_back_is_left_alone(cluster: Cluster, given_back_by: str) -> None:
+    """Promise: an old report marks nothing anew, and what was not lost is never declared dead."""
+    scheduler = cluster.open()
+    lost = given_back_by != "nobody, but it was not lost"
+    scheduler.report_bad("n0", "everstep: node_lost: no heartbeat" if lost else "everstep: gpu_fault: XID 79")
+    scheduler.report_bad("n3", "everstep: node_lost: no heartbeat")
+    wait_until(lambda: cluster.taints("n0") == {BAD} and cluster.taints("n3") == {BAD})
+    if given_back_by == "a person":
+        patch = unmark(cluster.node("n0"))
+        assert patch is not None
+        cluster.store.merge(NODES, "", "n0", patch)
+    elif given_back_by == "the run":
+        scheduler.start("n0")
+    before = cluster.taints("n0")
+    cluster.ready("n0", "Unknown")
+    wait_until(lambda: scheduler.nodes.objects()["n0"].dead)
+    cluster.ready("n3", "Unknown")
+    wait_until(lambda: cluster.taints("n3") == {BAD, OUT})
+    assert cluster.taints("n0") == before
 
 
 def test_a_node_that_nvsentinel_has_is_left_to_it(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
