@@ -57,7 +57,7 @@ class KubeClient:
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
-        headers = {"Content-Type": content_type, **self._headers()}
+        headers = {"Content-Type": content_type, **self._asked_headers()}
         url, timeout = self._settings.host + path, (_CONNECT_S, _READ_S)
         try:
             answer = self._client.rest_client.request(
@@ -68,7 +68,7 @@ class KubeClient:
             status, data = int(error.status or 0), error.body or b""
             if not status:
                 raise KubeError(f"{self._settings.host} cannot be reached: {error.reason}") from error
-        except HTTPError as error:
+        except (HTTPError, OSError) as error:
             raise KubeError(f"{self._settings.host} cannot be reached: {error}") from error
         return _answered(f"{method} {path.partition('?')[0]}", status, data)
 
@@ -78,9 +78,9 @@ class KubeClient:
         from urllib3.exceptions import HTTPError
 
         url, where = self._settings.host + path, path.partition("?")[0]
-        timeout = (_CONNECT_S, timeout_s + _SLACK_S)
+        timeout, headers = (_CONNECT_S, timeout_s + _SLACK_S), self._asked_headers()
         try:
-            answer = self._client.rest_client.request("GET", url, headers=self._headers(), _request_timeout=timeout)
+            answer = self._client.rest_client.request("GET", url, headers=headers, _request_timeout=timeout)
             response = answer.response
             try:
                 if response.status != 200:
@@ -90,8 +90,19 @@ class KubeClient:
                 response.close()
         except ApiException as error:
             raise KubeError(f"{where} cannot be watched: {error.reason}", int(error.status or 0)) from error
-        except HTTPError as error:
+        except KubeError:
+            raise
+        except (HTTPError, OSError) as error:
             raise KubeError(f"the watch of {where} broke: {error}") from error
+
+    def _asked_headers(self) -> dict[str, str]:
+        """KubeError if the credentials cannot be had now: a file of them may be missing for a moment."""
+        from kubernetes.config import ConfigException
+
+        try:
+            return self._headers()
+        except (ConfigException, OSError) as error:
+            raise KubeError(f"no credentials for {self._settings.host} now: {error}") from error
 
     def _headers(self) -> dict[str, str]:
         """Credentials are asked for each time: a pod's token is renewed every hour."""

@@ -305,12 +305,16 @@ class KubeScheduler:
         idle_due_s = time.monotonic() + _IDLE_EVERY_S  # whoever takes a run over asks for its agents first
         while not self._stop.wait(_TICK_S):
             now_s = time.monotonic()
-            self._reports.tick(now_s)
-            if now_s >= idle_due_s:
-                idle_due_s = now_s + _IDLE_EVERY_S
-                self._release_idle(now_s)
-                self._release_lost(now_s)
-            self._releases.tick(now_s)
+            try:
+                self._reports.tick(now_s)
+                if now_s >= idle_due_s:
+                    idle_due_s = now_s + _IDLE_EVERY_S
+                    self._release_idle(now_s)
+                    self._release_lost(now_s)
+                self._releases.tick(now_s)
+            except Exception:
+                logger.exception("pods and nodes could not be tended; trying again")
+                self._stop.wait(_AGAIN_S)
 
     def _release_idle(self, now_s: float) -> None:
         """Pods without an agent on nodes that were taken out of work by a run of ours: nothing will start there, and

@@ -79,3 +79,7 @@ class PodStates:
                 if not failing:
                     logger.warning("how the pods stand is not known now: %s", error)
                 failing = True
+            except Exception:
+                if not failing:
+                    logger.exception("how the pods stand is not known now")
+                failing = True

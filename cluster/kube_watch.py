@@ -19,6 +19,7 @@ from cluster.kube_calls import GONE, KubeError, KubeWatching
 _WATCH_S = 60.0
 _PAGE = 500
 _BACKOFF_S = (0.2, 30.0)
+_SHORTEST_S = 1.0
 _T = TypeVar("_T")
 
 logger = logging.getLogger("everstep.kubernetes")
@@ -94,8 +95,14 @@ class Mirror(Generic[_T]):
                     listed = True
                 self._watch()
                 wait_s = _BACKOFF_S[0]
-            except KubeError as error:
-                if error.status == GONE:
+                # A server that ends each watch at once is not asked without a pause.
+                if time.monotonic() - began_s < _SHORTEST_S:
+                    self._stop.wait(_SHORTEST_S)
+            except Exception as error:
+                # A copy that grows old in silence is worse than a defect told.
+                if not isinstance(error, KubeError):
+                    logger.exception("%s: the watch failed in a way that nobody foresaw", self.path)
+                elif error.status == GONE:
                     logger.info("%s: the server has forgotten where the watch was; listing again", self.path)
                 else:
                     logger.warning("%s", error)

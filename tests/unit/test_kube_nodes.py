@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster import kube_watch
 from cluster.kube_calls import KubeError
-from cluster.kube_client import _events
+from cluster.kube_client import KubeClient, _events
 from cluster.kube_nodes import NodeView, PodView, agent_name, by_agent, read_node, read_pod, startable, why_missing
 from cluster.kube_scheduler import Handle
 from cluster.kube_watch import Mirror
@@ -153,3 +157,45 @@ def test_what_ends_a_watch(line: bytes, status: int) -> None:
     with pytest.raises(KubeError) as raised:
         list(_events(iter([line + b"\n"]), "/pods"))
     assert raised.value.status == status
+
+
+def test_a_watch_outlives_what_nobody_foresaw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise: it is taken up again after any error, and not without a pause where each ends at once."""
+    monkeypatch.setattr(kube_watch, "_SHORTEST_S", 0.2)
+    calls: list[float] = []
+    enough = threading.Event()
+
+    class Api:
+        def call(self, *_: object) -> dict[str, Any]:
+            return {}
+
+        def watch(self, path: str, timeout_s: float) -> Iterator[dict[str, Any]]:
+            calls.append(time.monotonic())
+            if len(calls) == 1:
+                raise RuntimeError("a defect")
+            if len(calls) == 3:
+                enough.set()
+            return iter(())
+
+    mirror = Mirror(Api(), "/pods", "", read_pod)
+    mirror.start()
+    try:
+        assert enough.wait(10.0)
+    finally:
+        mirror.stop()
+    assert calls[2] - calls[1] >= 0.2
+
+
+def test_credentials_that_are_missing_are_an_error_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise: whoever asks the server has one kind of error to expect."""
+    monkeypatch.setattr(KubeClient, "__init__", lambda self: None)
+    client = KubeClient()
+    client._settings = SimpleNamespace(host="https://there", auth_settings=missing)
+    with pytest.raises(KubeError, match="no credentials for https://there"):
+        client.call("GET", "/pods")
+    with pytest.raises(KubeError, match="no credentials for https://there"):
+        list(client.watch("/pods", 1.0))
+
+
+def missing() -> None:
+    raise FileNotFoundError("token")
