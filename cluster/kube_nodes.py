@@ -14,7 +14,8 @@ import msgspec
 from cluster.kube_marks import reason_of
 from cluster.kube_names import OUT_OF_SERVICE_VALUE, TAINT_OUT_OF_SERVICE
 from cluster.kube_pods import Manifest
-from health.kube_conditions import ANNOTATIONS, Condition, Standing, Taint
+from health.kube_conditions import ANNOTATIONS, Condition, Standing, Taint, troubles
+from health.verdict import Cause, Certainty, Severity
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _LONGEST_NAME = 100
@@ -129,18 +130,27 @@ def by_agent(pods: Iterable[PodView]) -> dict[str, PodView]:
 
 def startable(pods: Iterable[PodView], nodes: Mapping[str, NodeView], up: Mapping[str, str]) -> list[str]:
     """Nodes that agents may be started on, in the order of their pods; those that nothing new should run on come last,
-    and dead ones are left out.
+    and those that would be given up at once (`doomed`) are left out.
 
     up: by pod, the uid under which its entry has said that it is there.
     """
     there = [pod for pod in by_agent(pods).values() if pod.runs and up.get(pod.name) == pod.uid]
-    there = [pod for pod in there if (node := nodes.get(pod.node)) is None or not node.dead]
+    there = [pod for pod in there if not doomed(pod, nodes.get(pod.node))]
 
     def order(pod: PodView) -> tuple[bool, int, str]:
         node = nodes.get(pod.node)
         return (node is not None and node.cordoned, pod.index, pod.node)
 
     return [agent_name(pod.node) for pod in sorted(there, key=order)]
+
+
+def doomed(pod: PodView, node: NodeView | None) -> bool:
+    """Whether an agent that is started there would have to go at once: the node is dead, will be taken away, or is
+    proven bad."""
+    return (node is not None and node.dead) or any(
+        each.severity is Severity.NODE and (each.cause is Cause.PREEMPTED or each.certainty is Certainty.PROOF)
+        for each in troubles(standing(pod, node))
+    )
 
 
 def standing(pod: PodView, node: NodeView | None) -> Standing:

@@ -19,7 +19,7 @@ from cluster.kube_nodes import NodeView, PodView, agent_name, by_agent, read_nod
 from cluster.kube_scheduler import Handle
 from cluster.kube_watch import Mirror
 from cluster.rundir import safe_name
-from health.kube_conditions import Taint
+from health.kube_conditions import Condition, Taint
 
 _LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", fullmatch=True)
 _NODE = st.lists(_LABEL, min_size=1, max_size=4).map(".".join)
@@ -66,6 +66,16 @@ def test_only_pods_whose_entries_spoke_are_startable() -> None:
         "n5": NodeView(name="n5", ready="Unknown"),
     }
     assert startable(pods, nodes, up) == ["n3", "n2", "n1", "n4"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [("CSPMaintenance", []), ("VMEventScheduled", []), ("KernelDeadlock", ["n"]), ("MemoryPressure", ["n"])],
+)
+def test_a_node_that_will_be_taken_away_is_not_startable(condition: str, expected: list[str]) -> None:
+    """Promise: though nobody cordoned it; what is only suspected is left to who judges."""
+    node = NodeView(name="n", ready="True", conditions=(Condition(condition, "True"),))
+    assert startable([pod("p", "n")], {"n": node}, {"p": "uid of p"}) == expected
 
 
 def test_what_is_read_of_a_pod() -> None:
