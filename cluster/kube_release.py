@@ -18,6 +18,7 @@ from cluster.kube_paths import path_to
 from cluster.kube_pods import Manifest
 
 _AGAIN_S = (1.0, 60.0)
+_LOOK_AGAIN_S = 5.0
 _REASON = "EverstepNodeLost"
 
 logger = logging.getLogger("everstep.kubernetes")
@@ -76,7 +77,7 @@ class Releases:
             due = [each for each in self._waiting.values() if each.due_s <= now_s]
         for each in due:
             try:
-                gone = self._see_to(each)
+                gone = self._see_to(each, now_s)
             except KubeError as error:
                 gone = error.status in (NOT_FOUND, CONFLICT)  # gone, or another one of that name
                 each.failures += 1
@@ -86,7 +87,7 @@ class Releases:
             if gone:
                 self.keep(each.uid)
 
-    def _see_to(self, each: _Release) -> bool:
+    def _see_to(self, each: _Release, now_s: float) -> bool:
         """Whether it is gone."""
         pod = self.pod_of(each.pod)
         if pod is None or pod.uid != each.uid:
@@ -97,7 +98,7 @@ class Releases:
                 logger.warning("pod %s cannot end, as its node %s is dead: it is declared failed", pod.name, pod.node)
                 self.api.call("PATCH", f"{self._path(pod)}/status", _failed(pod), STRATEGIC_PATCH)
             self.api.call("DELETE", self._path(pod), _options(each.uid, grace_s=0))
-            each.asked = True
+            each.asked, each.due_s = True, now_s + _LOOK_AGAIN_S
         elif not each.asked and not pod.deleting:
             logger.info("pod %s on %s is deleted: the run has given the node up", pod.name, pod.node)
             self.api.call("DELETE", self._path(pod), _options(each.uid))

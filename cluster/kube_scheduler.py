@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -54,6 +55,7 @@ _SAY_EVERY_S = 60.0
 _WRITE_TIMEOUT_S = 15.0
 _END_TIMEOUT_S = 5.0
 _THREADS = 8
+_WORDS_BYTES = 16 << 10
 _TAINTING = ("taint", "down")
 _T = TypeVar("_T")
 
@@ -238,9 +240,13 @@ class KubeScheduler:
             self._reports.add(host, reason, time.monotonic())
 
     def last_words(self, node: str) -> tuple[str, ...]:
-        """Last lines of the agent's log."""
-        log = self.run_dir.logs(node) / "agent.log"
-        return tuple(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ()
+        """Last lines of the agent's log; none if it cannot be read."""
+        try:
+            with (self.run_dir.logs(node) / "agent.log").open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _WORDS_BYTES))
+                return tuple(log.read(_WORDS_BYTES).decode(errors="replace").splitlines()[-15:])
+        except OSError:
+            return ()
 
     def close(self) -> None:
         """Wait for agents that are still being ended; their pods stay, for whoever runs this job next, unless their

@@ -452,6 +452,19 @@ def test_a_pod_that_was_left_on_a_bad_node_is_released(cluster: Cluster) -> None
     assert all("deletionTimestamp" not in cluster.pod_on(node)["metadata"] for node in ("n1", "n2"))
 
 
+def test_the_last_words_of_an_agent_are_the_end_of_its_log(cluster: Cluster) -> None:
+    """Promise: however long it is, and whether it can be read or not."""
+    scheduler = cluster.open()
+    assert scheduler.last_words("n0") == ()
+    log = cluster.run_dir.logs("n0") / "agent.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("x" * 100_000 + "\nlast\n")
+    assert scheduler.last_words("n0")[-1] == "last"
+    assert sum(map(len, scheduler.last_words("n0"))) < 20_000
+    (cluster.run_dir.logs("n1") / "agent.log").mkdir(parents=True)
+    assert scheduler.last_words("n1") == ()
+
+
 def test_agents_of_another_kind_of_cluster_are_gone(cluster: Cluster) -> None:
     """Promise: a run that was on SLURM or on one machine before goes on here."""
     scheduler = cluster.open()
