@@ -129,15 +129,19 @@ _TAKEN: Mapping[str, str] = {
 }
 
 
+_Weight = tuple[str, Cause, Severity, Certainty]
+
+
 class KubeJudge:
-    """Says each trouble once while it lasts; what went away and comes back is said again."""
+    """Says each trouble once while it lasts; what went away and comes back, or weighs something else since, is said
+    again."""
 
     def __init__(self) -> None:
-        self._said: dict[str, frozenset[str]] = {}
+        self._said: dict[str, frozenset[_Weight]] = {}
 
     def judge(self, standing: Standing, step: int) -> list[Verdict]:
         """What is new. step: the one that the node is in, -1 for not known."""
-        found = {trouble.fingerprint: trouble for trouble in troubles(standing)}
+        found = {_weight(trouble): trouble for trouble in troubles(standing)}
         said = self._said.get(standing.node, frozenset())
         self._said[standing.node] = frozenset(found)
         return [as_verdict(trouble, standing.node, step) for mark, trouble in found.items() if mark not in said]
@@ -145,6 +149,10 @@ class KubeJudge:
     def forget(self, node: str) -> None:
         """The node works for us no more."""
         self._said.pop(node, None)
+
+
+def _weight(trouble: Trouble) -> _Weight:
+    return (trouble.fingerprint, trouble.cause, trouble.severity, trouble.certainty)
 
 
 def troubles(standing: Standing) -> Iterator[Trouble]:

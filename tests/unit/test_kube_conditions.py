@@ -120,3 +120,16 @@ def test_what_others_write_stays_one_short_line() -> None:
     assert "\n" not in found.evidence[0]
     assert "\x1b" not in found.evidence[0]
     assert len(found.evidence[0]) < 400
+
+
+def test_what_grows_worse_is_said_again() -> None:
+    """Promise: a machine that is to be frozen, and then to be taken away, is two things to know."""
+    judge = KubeJudge()
+
+    def said(message: str) -> list[Cause]:
+        condition = Condition("VMEventScheduled", "True", "x", message)
+        return [each.cause for each in judge.judge(Standing(node="n", conditions=(condition,)), 7)]
+
+    assert said("Freeze Scheduled: 21:00") == [Cause.NODE_DEGRADED]
+    assert said("Freeze Scheduled: 22:00") == []
+    assert said("Preempt Scheduled: 21:00") == [Cause.PREEMPTED]
