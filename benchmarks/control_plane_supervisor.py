@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -40,7 +40,9 @@ class Machines:
         self._dead = dead
         threading.Thread(target=self._read, daemon=True).start()
 
-    def node_names(self, count: int) -> Sequence[str]:
+    def node_names(
+        self, count: int, usable: Callable[[Sequence[str]], int] = len, stopped: Callable[[], bool] = bool
+    ) -> Sequence[str]:
         """All that there are."""
         return ()
 

@@ -145,19 +145,22 @@ class KubeScheduler:
         self.states.stop()
         self._pool.shutdown(wait=True)
 
-    def node_names(self, count: int) -> list[str]:
+    def node_names(
+        self, count: int, usable: Callable[[Sequence[str]], int] = len, stopped: Callable[[], bool] = bool
+    ) -> list[str]:
         """See `Scheduler`: nodes of pods that are up. Waits until there are enough to train, and a little for spares:
         images are pulled, and a queue may admit the job in parts."""
         cluster, began_s = self.config.cluster, time.monotonic()
         enough_s, say_s = float("inf"), began_s
         while True:
             now_s, names = time.monotonic(), self._startable()
-            if len(names) >= cluster.nodes:
+            there = usable(names)
+            if there >= cluster.nodes:
                 enough_s = min(enough_s, now_s)
-            if len(names) >= cluster.nodes + cluster.spares or now_s - enough_s > _SPARES_TIMEOUT_S:
+            if there >= cluster.nodes + cluster.spares or now_s - enough_s > _SPARES_TIMEOUT_S or stopped():
                 return names
             if now_s - began_s > _PODS_TIMEOUT_S:
-                logger.warning("after %.0f s only %d pods are up", _PODS_TIMEOUT_S, len(names))
+                logger.warning("after %.0f s only %d pods are up that can be used", _PODS_TIMEOUT_S, there)
                 return names
             if now_s >= say_s:
                 say_s = now_s + _SAY_EVERY_S

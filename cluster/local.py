@@ -37,7 +37,9 @@ class LocalScheduler:
         self.ram_root = run_dir.ram_root(ram_dir)
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
-    def node_names(self, count: int) -> list[str]:
+    def node_names(
+        self, count: int, usable: Callable[[Sequence[str]], int] = len, stopped: Callable[[], bool] = bool
+    ) -> list[str]:
         """See `Scheduler`: this machine has as many as are wanted."""
         return [f"node{index}" for index in range(count)]
 

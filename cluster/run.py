@@ -177,9 +177,19 @@ def _accept_config(config: JobConfig, run_dir: RunDir, taking_over: bool) -> Non
 def _start_agents(supervisor: Supervisor, config: JobConfig, scheduler: Scheduler, known: Sequence[Standing]) -> None:
     """Start as many nodes as are wanted, without those that this run evicted or that earlier runs say to leave out."""
     wanted = config.cluster.nodes + config.cluster.spares
-    all_names = scheduler.node_names(wanted + len(supervisor.state.evicted) + len(known))
+    again = _readmitted(supervisor, remembered(supervisor.state.evicted, known))
+
+    def usable(found: Sequence[str]) -> int:
+        past = remembered(found, known)
+        out = {name for name, standing in past.items() if standing.place is events.Place.OUT}
+        return sum(name not in out and (name in again or name not in supervisor.state.evicted) for name in found)
+
+    all_names = scheduler.node_names(
+        wanted + len(supervisor.state.evicted) + len(known), usable, lambda: supervisor.interrupts > 0
+    )
     past = remembered(all_names, known)
-    _give_back(supervisor, past)
+    for name, reason in _readmitted(supervisor, past).items():
+        supervisor.emit(events.NodeReadmitted, node=name, reason=reason)
     evicted = supervisor.state.evicted
     out = {name for name, standing in past.items() if standing.place is events.Place.OUT}
     names = [name for name in all_names if name not in evicted and name not in out][:wanted]
@@ -192,17 +202,18 @@ def _start_agents(supervisor: Supervisor, config: JobConfig, scheduler: Schedule
         supervisor.emit(events.AgentStarted, node=name, handle=supervisor.handles[name])
 
 
-def _give_back(supervisor: Supervisor, past: Mapping[str, Standing]) -> None:
-    """Nodes that this run evicted, and a person has readmitted since, are there again."""
+def _readmitted(supervisor: Supervisor, past: Mapping[str, Standing]) -> Mapping[str, str]:
+    """Nodes that this run evicted, and a person has readmitted since, and why."""
     evicted_s = {
         each.node: each.t_wall_s
         for each in read_events(supervisor.run_dir.events)
         if isinstance(each, events.NodeEvicted)
     }
-    for name in supervisor.state.evicted:
-        standing = past.get(name)
-        if standing is not None and standing.readmitted_wall_s > evicted_s.get(name, float("inf")):
-            supervisor.emit(events.NodeReadmitted, node=name, reason=standing.reason)
+    return {
+        name: past[name].reason
+        for name in supervisor.state.evicted
+        if name in past and past[name].readmitted_wall_s > evicted_s.get(name, float("inf"))
+    }
 
 
 def _adopt(supervisor: Supervisor, state: JobState, run_dir: RunDir) -> None:

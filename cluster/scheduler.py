@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from cluster.rundir import RunDir
@@ -13,8 +13,14 @@ from health.verdict import Verdict
 class Scheduler(Protocol):
     """Starts agents and ends nodes. Handles are strings, since they outlive this process in the journal."""
 
-    def node_names(self, count: int) -> Sequence[str]:
-        """Nodes that agents may be started on, best first; on a machine that has any number of them, `count`."""
+    def node_names(
+        self, count: int, usable: Callable[[Sequence[str]], int] = len, stopped: Callable[[], bool] = bool
+    ) -> Sequence[str]:
+        """Nodes that agents may be started on, best first; on a machine that has any number of them, `count`.
+
+        Where nodes come one by one it waits for enough. usable: how many of these the run would take; stopped: whether
+        it is to end, so that nothing is waited for.
+        """
 
     def start(self, node: str) -> str:
         """Start the agent of a node; returns a handle for the calls below."""

@@ -91,7 +91,9 @@ class SlurmScheduler:
             Watchdog(run_dir, answering, checked_node(environ["SLURMD_NODENAME"]), environ),
         )
 
-    def node_names(self, count: int) -> list[str]:
+    def node_names(
+        self, count: int, usable: Callable[[Sequence[str]], int] = len, stopped: Callable[[], bool] = bool
+    ) -> list[str]:
         """See `Scheduler`: the nodes of the allocation that SLURM hears of, in its own order."""
         return _answering(self.commands, self.names)
 

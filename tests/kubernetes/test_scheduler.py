@@ -166,6 +166,16 @@ def test_nodes_are_those_whose_pods_are_up(cluster: Cluster) -> None:
     wait_until(lambda: scheduler.node_names(3) == [third, first])
 
 
+def test_nodes_are_waited_for_until_enough_can_be_used(cluster: Cluster) -> None:
+    """Promise: one that the run refuses counts for nothing, and nobody waits for a run that is to end."""
+    scheduler = cluster.open()
+    looks = iter(range(100))
+    assert scheduler.node_names(3, lambda names: min(len(names), next(looks))) == ["n0", "n1", "n2"]
+    assert next(looks) >= 3
+    began_s = time.monotonic()
+    assert scheduler.node_names(3, lambda names: 0, lambda: time.monotonic() - began_s > 0.3) == ["n0", "n1", "n2"]
+
+
 def test_an_agent_lives_as_long_as_its_pod_says(cluster: Cluster) -> None:
     """Promise: `alive` is false when its pod says so or is gone, and not while nobody knows."""
     scheduler = cluster.open()

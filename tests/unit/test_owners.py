@@ -11,10 +11,11 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.events import AgentStarted, NodeReadmitted
+from cluster.events import AgentStarted, NodeEvicted, NodeReadmitted
 from cluster.jobstate import NodeStatus
 from cluster.journal import read_events
 from cluster.messages import Wish
+from cluster.run import _start_agents
 from cluster.supervisor import Supervisor
 from health.verdict import Cause, Certainty, Severity, Verdict
 from tests.unit.stories import verdict
@@ -160,3 +161,26 @@ def test_a_node_that_was_judged_does_not_come_back_by_itself(tmp_path: Path) -> 
 
     until(supervisor, done)
     assert owner.started == []
+
+
+def test_what_the_run_refuses_is_not_waited_for(tmp_path: Path) -> None:
+    """Promise: a scheduler whose nodes come one by one knows which of them count, and whether the run is to end."""
+    supervisor = take_over(tmp_path, Fleet())
+    told: list[tuple[int, bool]] = []
+
+    class Slow(Owner):
+        def node_names(
+            self, count: int, usable: Callable[[Sequence[str]], int] = len, stopped: Callable[[], bool] = bool
+        ) -> tuple[str, ...]:
+            names = ("node0", "node1", "node7")
+            told.append((usable(names), stopped()))
+            return names
+
+        def start(self, node: str) -> str:
+            return node
+
+    supervisor.emit(NodeEvicted, node="node1", reason="it is bad")
+    _start_agents(supervisor, supervisor.config, Slow(), [])
+    supervisor.interrupts = 1
+    _start_agents(supervisor, supervisor.config, Slow(), [])
+    assert told == [(2, False), (2, True)]

@@ -6,7 +6,7 @@ The supervisor is the real one; the scheduler and the socket, its two borders, a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -46,7 +46,9 @@ class Machines:
     def report_bad(self, node: str, reason: str) -> None:
         self.blamed.append(reason)
 
-    def node_names(self, count: int) -> tuple[str, ...]:
+    def node_names(
+        self, count: int, usable: Callable[[Sequence[str]], int] = len, stopped: Callable[[], bool] = bool
+    ) -> tuple[str, ...]:
         return ()
 
     def appeared(self) -> tuple[str, ...]:
