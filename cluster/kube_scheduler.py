@@ -328,27 +328,29 @@ class KubeScheduler:
     def _release_idle(self, now_s: float) -> None:
         """Pods without an agent on nodes that were taken out of work by a run of ours: nothing will start there, and
         whoever gave them up may have died before it deleted them."""
-        with self._lock:
-            serving = {each.uid for each in self._serving.values()}
         for name, uid in self.states.up().items():
             pod, state = self._pod(name), self.states.of(name)
-            if pod is None or pod.uid != uid or not pod.runs or uid in serving or state is None or state.running:
+            if pod is None or pod.uid != uid or not pod.runs or state is None or state.running:
                 continue
             node = self._node(pod.node)
             if node is not None and node.ours:
-                self._releases.add(name, uid, now_s + RELEASE_AFTER_S)
+                self._release_unless_serving(pod, now_s)
 
     def _release_lost(self, now_s: float) -> None:
         """Pods on dead nodes that serve nobody: no kubelet ends them, and the Job waits for them. Where
         all nodes are silent, it is the server that does not hear, and nothing follows."""
         pods = [(pod, self._node(pod.node)) for pod in self.pods.objects().values() if pod.node]
-        with self._lock:
-            serving = {each.uid for each in self._serving.values()}
         lost = [pod for pod, node in pods if node is not None and node.dead]
         if len(lost) == len(pods):
             return
         for pod in lost:
-            if pod.uid not in serving and (pod.deleting or not pod.over):
+            if pod.deleting or not pod.over:
+                self._release_unless_serving(pod, now_s)
+
+    def _release_unless_serving(self, pod: PodView, now_s: float) -> None:
+        # In one go: an agent that is started meanwhile is known first, and has its pod kept then.
+        with self._lock:
+            if all(each.uid != pod.uid for each in self._serving.values()):
                 self._releases.add(pod.name, pod.uid, now_s + RELEASE_AFTER_S)
 
 

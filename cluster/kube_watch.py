@@ -86,7 +86,7 @@ class Mirror(Generic[_T]):
 
     def _run(self) -> None:
         wait_s = _BACKOFF_S[0]
-        listed = True
+        listed, said = True, ""
         while not self._stop.is_set():
             began_s = time.monotonic()
             try:
@@ -94,6 +94,7 @@ class Mirror(Generic[_T]):
                     self.list()
                     listed = True
                 self._watch()
+                said = ""
                 wait_s = _BACKOFF_S[0]
                 # A server that ends each watch at once is not asked without a pause.
                 if time.monotonic() - began_s < _SHORTEST_S:
@@ -104,8 +105,9 @@ class Mirror(Generic[_T]):
                     logger.exception("%s: the watch failed in a way that nobody foresaw", self.path)
                 elif error.status == GONE:
                     logger.info("%s: the server has forgotten where the watch was; listing again", self.path)
-                else:
-                    logger.warning("%s", error)
+                elif str(error) != said:
+                    said = str(error)
+                    logger.warning("%s", said)
                 # Whatever broke, a list says where things are now.
                 listed = False
                 if time.monotonic() - began_s > self.watch_s / 2:
