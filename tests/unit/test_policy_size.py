@@ -331,5 +331,5 @@ def test_journals_of_before_a_run_could_shrink_are_read() -> None:
     ]  # fmt: skip
     old = [msgspec.json.decode(msgspec.json.encode(line), type=events.AnyEvent) for line in lines]
     state = replay(old)
-    assert (state.order, state.layout, state.resizes, state.wanted_nodes) == (("node0", "n2"), None, (), 0)
+    assert (state.order, state.layout, state.resizes, state.wanted_nodes) == (("node0", "n2"), None, (), 2)
     assert isinstance(decide(stories.given(verdict(severity=Severity.NOTICE), 1, 0, 2.0), state, job()).action, Nothing)
