@@ -32,6 +32,9 @@ BAD, OUT = "everstep.dev/bad", "node.kubernetes.io/out-of-service"
 NODES, PODS = path_to("v1", "Node", ""), path_to("v1", "Pod", "default")
 OpenApi = Callable[[str], KubeClient]
 
+# The real one signs its own certificate.
+pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+
 
 @pytest.fixture(scope="module", params=["ours", "real"])
 def open_api(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenApi]:
