@@ -167,10 +167,10 @@ def expected(declared: Any) -> str:
 def _bounds(meta: msgspec.Meta) -> str:
     if meta.ge is not None and meta.le is not None:
         return f"between {meta.ge} and {meta.le}"
-    if meta.ge is not None:
-        return f"{meta.ge} or more"
-    assert meta.gt is not None, f"no words for {meta}"
-    return f"more than {meta.gt}"
+    assert meta.le is None, f"no words for {meta}"
+    assert meta.ge is not None or meta.gt is not None, f"no words for {meta}"
+    least = f"{meta.ge} or more" if meta.ge is not None else f"more than {meta.gt}"
+    return least if meta.lt is None else f"{least} and below {meta.lt}"
 
 
 def _kind(value: object) -> str:

@@ -183,7 +183,8 @@ def _check_mounts(profile: KubernetesProfile) -> Iterator[Problem]:
         if bool(mount.claim) == bool(mount.host_path):
             yield Problem(key, mount.claim, "needs either claim or host_path; set one of them")
         elif mount.claim and not _is_subdomain(mount.claim):
-            yield Problem(f"{key}.claim", mount.claim, "is no name of a PersistentVolumeClaim")
+            what = "is no name of a PersistentVolumeClaim; use lower-case letters, digits, '-' and '.'"
+            yield Problem(f"{key}.claim", mount.claim, what)
         elif mount.host_path and not _is_path(mount.host_path):
             yield Problem(f"{key}.host_path", mount.host_path, "must be an absolute path without '..' on the nodes")
 

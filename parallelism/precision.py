@@ -100,8 +100,8 @@ def _check(config: JobConfig, card: Card, backends: Collection[str], backend: st
         return
     if card.capability is None and (card.gpu or backend == "te"):
         raise ValueError(
-            f'precision.recipe = "{recipe}" with precision.backend = "{backend}": needs an NVIDIA GPU, and this is '
-            f'{card.name}; set precision.backend = "emulated", or precision.recipe = "bf16"'
+            f'precision.recipe = "{recipe}" with precision.backend = "{backend}": needs an NVIDIA GPU, which '
+            f'{card.name} is not; set precision.backend = "emulated", or precision.recipe = "bf16"'
         )
     if card.capability is not None:
         too_old = card.capability < facts.capability

@@ -119,9 +119,9 @@ class Job:
         found = []
         for process in psutil.process_iter():
             try:
-                out = os.readlink(f"/proc/{process.pid}/fd/1")
+                outs = [os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in (1, 2)]
                 mine = str(self.run_dir.resolve())
-                if mine in process.cmdline() or out.startswith(f"{mine}/"):
+                if mine in process.cmdline() or any(out.startswith(f"{mine}/") for out in outs):
                     found.append(process)
             except (psutil.Error, OSError):
                 continue

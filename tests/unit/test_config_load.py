@@ -51,6 +51,7 @@ def lines_of(text: str, *overrides: str) -> list[str]:
         ("steps = 10", "steps = true", ["training.steps = true:", "a whole number", "is a boolean"]),
         ("steps = 10", "steps = 1.5", ["training.steps = 1.5:", "a whole number"]),
         ("steps = 10", "steps = 0", ["training.steps = 0:", "1 or more, but is 0"]),
+        ("[run]", "[ema]\ndecay = 1.5\n[run]", ["ema.decay = 1.5:", "0 or more and below 1, but is 1.5"]),
         ('path = "corpus"', "path = 3", ["data.sets[0].path = 3:", "text in quotes"]),
         ('path = "corpus"', 'path = "c"\nweigth = 2', ["data.sets[0].weigth = 2:", 'did you mean "weight"?']),
         ('path = "corpus"', "weight = 2", ["data.sets[0].path:", "missing", "below [[data.sets]]"]),
