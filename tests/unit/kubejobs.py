@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from cluster.backend import JobRequest
+from cluster.kube_key import new_key_files
 from cluster.kube_plan import KubePlan
+from cluster.kube_pod import Pod
 from configs.load import load_job
 from configs.profile import ClusterProfile
 from configs.profile_kubernetes import KubernetesProfile, Mount
 
+WITHIN_S = 20.0
+POD = Pod("demo-agents-0-1-abcde", "uid-1", "node7")
 RUNS = Mount(path="/runs", claim="runs")
 SITE = KubernetesProfile(image="registry.example/everstep:1", mounts=(RUNS,), run_dir="/runs")
 FULL = msgspec.structs.replace(
@@ -93,3 +99,20 @@ def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
         assert each["operator"] in ("In", "NotIn")
         found.append((labels.get(each["key"]) in each["values"]) == (each["operator"] == "In"))
     return all(found)
+
+
+def eventually(true: Callable[[], object]) -> None:
+    """Wait until it is."""
+    deadline_s = time.monotonic() + WITHIN_S
+    while not true():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def key_folder(at: Path) -> Path:
+    """A job's key, as a pod has it mounted."""
+    at.mkdir(mode=0o700)
+    for name, content in new_key_files().items():
+        (at / name).write_bytes(content)
+        (at / name).chmod(0o400)
+    return at
